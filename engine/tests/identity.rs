@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use instar::cancel::Cancel;
 use instar::image::{resolve_backing, Access, BackingChoice, Descent, Gate, NamedFile, Roots};
 use instar_guest_abi::ErrorCode;
 use instar_test_lab::{built, PluginDir};
@@ -19,7 +20,8 @@ fn resolve(word: &str, parent: &str, named: bool) -> Result<(), (ErrorCode, Stri
     let gate = Gate::within(Roots::of(&image, &[]).unwrap());
     let access = Access::ReadOnly;
     let overlay = image.open(access, ErrorCode::ImageNotFound).unwrap().identify_as(&registry, None, "-f").unwrap();
-    let mut descent = Descent::new(&registry, &gate, &top, 4);
+    let cancel = Cancel::new();
+    let mut descent = Descent::new(&registry, &gate, &top, 4, &cancel);
     let choice = BackingChoice { base: named.then_some(&base), format: None, access };
     match resolve_backing(&mut descent, &overlay, choice) {
         Ok(target) => {
@@ -76,6 +78,7 @@ fn below_an_image_that_records_nothing_there_is_nothing() {
     let opened = image.open(Access::ReadOnly, ErrorCode::ImageNotFound).unwrap();
     let opened = opened.identify_as(&registry, None, "-f").unwrap();
     assert!(opened.facts.backing.is_some());
-    let below = Descent::new(&registry, &gate, &top, 4).open_below(&opened, Access::ReadOnly).unwrap();
+    let cancel = Cancel::new();
+    let below = Descent::new(&registry, &gate, &top, 4, &cancel).open_below(&opened, Access::ReadOnly).unwrap();
     assert!(below.is_empty());
 }

@@ -186,6 +186,51 @@ def test_damage_is_told_of_the_disk_that_has_it(tmp_path):
     assert (tmp_path / "copy").read_bytes() == expected
 
 
+def zero_refcounts(image):
+    block = image.peek64(image.get("refcount_table_offset"))
+    image.poke(block, bytes(image.cluster_size))
+
+
+def spoil_refcount_table(image):
+    image.poke64(image.get("refcount_table_offset"), 0x123456789)
+
+
+def spoil_snapshots(image):
+    image.poke(image.get("snapshots_offset"), b"\xff" * 200)
+
+
+def move_snapshots(image):
+    image.set("snapshots_offset", 1 << 40)
+
+
+@pytest.mark.parametrize("damage, told", [
+    (zero_refcounts, "has refcount 0"),
+    (spoil_refcount_table, "refcount table entry 0 has reserved bits"),
+    (spoil_snapshots, "snapshot table has an entry"),
+    (move_snapshots, "snapshot table lies past the end"),
+])  # fmt: skip
+def test_damage_where_no_data_is_does_not_stop_a_salvage(tmp_path, damage, told):
+    image, below, good, copy = (tmp_path / name for name in ("image", "below", "good", "copy"))
+    support.create(below, 8 * MIB)
+    support.qemu_io(below, "write -P 9 6M 1M")
+    support.create(image, backing=below)
+    support.qemu_io(image, "write -P 1 0 1M", "write -c -P 3 5M 64k")
+    for path in (image, below):
+        support.qemu_img("snapshot", "-c", "s", path)
+    support.qemu_io(image, "write -P 4 512k 64k")
+    support.qemu_img("convert", "-O", "raw", image, good)
+    for path in (image, below):
+        damage(qcow2_bytes.Image(path))
+    with support.untouched(image, below):
+        refused = support.run_instar("convert", "-O", "raw", image, copy)
+        assert refused.rc == 1 and "no image was made" in refused.stderr, str(refused)
+        result = support.run_instar("convert", "--salvage", "-O", "raw", "--output", "json", image, copy)
+    assert result.rc == 0, str(result)
+    assert copy.read_bytes() == good.read_bytes()
+    for path, warning in zip((image, below), result.json["warnings"], strict=True):
+        assert f"'{path}'" in warning and told in warning and "ignored" in warning, str(result)
+
+
 def test_truncated_overlay_is_refused_untouched(pair):
     pair.make(8 * MIB, base=["write -P 9 0 4M"])
     image = convert_compressed(pair, 8 * MIB)

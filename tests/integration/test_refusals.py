@@ -5,6 +5,9 @@ A row that starts to work belongs into another file, with content as its oracle.
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 import qcow2_bytes
 import support
@@ -93,3 +96,42 @@ def test_lazy_refcounts_without_the_dirty_bit(pair, side):
 def test_compressed_clusters_that_the_commit_does_not_touch(pair):
     pair.make(base=["write -c -P 5 3M 64k", f"write -c -P 6 {3 * MIB + 64 * KIB} 64k"], top=TOP)
     pair.check_commit()
+
+
+ENCRYPTED = [("qcow2", "luks"), ("qcow2", "aes"), ("qcow", "AES")]
+
+
+@pytest.mark.parametrize("fmt, method", ENCRYPTED)
+def test_every_command_advises_the_same_about_encryption(tmp_path, fmt, method):
+    """And what it advises works."""
+    image, secret = tmp_path / "image", tmp_path / "passphrase"
+    secret.write_text("0123456789abcdef")
+    keys = ["--object", f"secret,id=s,file={secret}"]
+    if method == "luks":
+        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+        support.qemu_img("create", "-f", fmt, *keys, "-o", options, image, "4M")
+        given = f"driver={fmt},encrypt.key-secret=s,file.filename={image}"
+        assert support.run("qemu-io", *keys, "--image-opts", given, "-c", "write -P 7 0 64k").rc == 0
+    else:
+        # QEMU makes no such images any more.
+        support.qemu_img("create", "-f", fmt, image, "4M")
+        data = bytearray(image.read_bytes())
+        at = 32 if fmt == "qcow2" else 36
+        data[at:at + 4] = (1).to_bytes(4, "big")
+        image.write_bytes(data)
+    new = tmp_path / "new"
+    messages = set()
+    for args in (["check", image], ["map", image], ["measure", "-O", "raw", image], ["compare", image, image],
+                 ["convert", "-O", "raw", image, new], ["resize", image, "8M"]):
+        with support.untouched(image):
+            refused = support.run_instar(*args)
+        assert refused.rc == (2 if args[0] == "compare" else 1), str(refused)
+        assert f"encryption ({method}) is not supported" in refused.stderr and "(ERROR_LUKS_UNSUPPORTED)" in refused.stderr
+        messages.add(re.search(r"`(qemu-img convert .*)`", refused.stderr)[1])
+    (advice,) = messages
+    words = [word.replace("PASSPHRASE", str(secret)).replace("IMAGE", str(image)).replace("NEW", str(new)) for word in shlex.split(advice)]
+    done = support.run(*words)
+    assert done.rc == 0, str(done)
+    assert support.run_instar("check", new).rc == 0
+    if method == "luks":
+        assert new.exists() and b"\x07" * 4096 in new.read_bytes()

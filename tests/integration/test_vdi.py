@@ -320,6 +320,10 @@ def test_a_snapshot_in_the_middle(tmp_path, link):
     uuid = Image(base).name
     mentions = [uuid, "--allow-backing-dir", "ln -s"]
     refuse("ERROR_BACKING_NOT_FOUND", three, "-b", two, files=[base, one, two], mentions=mentions)
+    # Nothing can be allowed for `info`, which follows names wherever they lead: what it says is all that helps.
+    shown = run_instar("info", "--backing-chain", three)
+    support.assert_refused(shown, "ERROR_BACKING_NOT_FOUND", uuid, "ln -s")
+    assert "--allow-backing-dir" not in shown.stderr, str(shown)
     if link:
         os.symlink("../disk.vdi", one.parent / uuid)
         mentions = ["--allow-backing-dir"]

@@ -106,7 +106,7 @@ impl<'q> Adopt<'q> {
         let Opener { registry, session, named, gate, below, access, .. } = *opener;
         session.note(|| "an earlier run was interrupted before the last step, which is all that is left".to_owned());
         session.note_image("backing", &target);
-        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
+        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES, session.cancel());
         let mut ancestors = descent.open_below(&overlay, Access::ReadOnly)?;
         let mut files = vec![FilesOf { image: &mut overlay, access, changes: true, gate }];
         let only_read = std::iter::once(&mut target).chain(&mut ancestors);
@@ -218,7 +218,7 @@ impl Operation for Adopt<'_> {
         })?;
         let mut overlay = opened.lock(access)?.identify_overlay(registry, self.request.format.as_deref())?;
         session.note_image("overlay", &overlay);
-        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
+        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES, session.cancel());
         let format = self.request.base_format.as_deref();
         let choice = BackingChoice { base: named.base.as_ref(), format, access };
         let Target { mut backing, mut between, .. } = match resolve_backing(&mut descent, &overlay, choice) {

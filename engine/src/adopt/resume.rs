@@ -55,7 +55,13 @@ pub fn resume<'r>(
 /// Whether the chain of an overlay can be followed to its end, and the target is not in it. What could not be looked at may be the
 /// target: nobody is told then that the overlay does not need it.
 fn lacks(opener: &Opener<'_, '_>, base: &NamedFile, overlay: &ChainImage<'_>) -> bool {
-    let mut descent = Descent::new(opener.registry, opener.below, opener.named.image.path(), MAX_CHAIN_DEVICES);
+    let mut descent = Descent::new(
+        opener.registry,
+        opener.below,
+        opener.named.image.path(),
+        MAX_CHAIN_DEVICES,
+        opener.session.cancel(),
+    );
     let chain = descent.open_below(overlay, Access::ReadOnly);
     let base = base.identity();
     chain.is_ok_and(|chain| base.is_some() && chain.iter().all(|layer| Some(layer.opened.identity) != base))

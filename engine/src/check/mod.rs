@@ -140,9 +140,9 @@ impl Operation for Check<'_> {
     }
 
     fn open<'r>(&mut self, opener: &Opener<'r, '_>) -> Result<ImageSet<'r>, Error> {
-        let Opener { registry, gate, access, .. } = *opener;
+        let Opener { registry, session, gate, access, .. } = *opener;
         let mut image = opener.open_named(self.request.format.as_deref())?;
-        check_immediate_parent(registry, &image, gate)?;
+        check_immediate_parent(registry, &image, gate, session.cancel())?;
         let changes = self.request.repair.is_some();
         open_extra_files(registry, &mut [FilesOf { image: &mut image, access, changes, gate }])?;
         self.format = image.facts.format.to_string();

@@ -10,11 +10,11 @@ use super::verify::Verification;
 use crate::bytes::Bytes;
 use crate::devices::Devices;
 use crate::escape::escape_path;
-use crate::operation::{decode, Events, Meter, Needs, Observer, Room};
+use crate::operation::{decode, Events, Meter, Observer, PlanNeeds, Room};
 use crate::sandbox::{BadRequest, BufferAccess};
-use instar_guest_abi::{request_status, Phase, Request, RequestOp};
+use instar_guest_abi::{request_status, Phase, Request, RequestOp, MAX_CHAIN_DEVICES};
 use instar_guest_protocol::commit::event::Kind as Told;
-use instar_guest_protocol::commit::{Bitmap, Event, Outcome, Plan, Undecoded, Verify};
+use instar_guest_protocol::commit::{Bitmap, Event, Ignored, Outcome, Plan, Undecoded, Verify};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -60,6 +60,8 @@ pub struct CommitEvents {
     pub disks: Vec<PathBuf>,
     /// How many parts of the disk were told that do not decode, where zeroes may stand for them.
     pub undecoded: Option<usize>,
+    /// Damage of metadata that the guest passed over, because the operator salvages what can be read.
+    pub ignored: Vec<Ignored>,
     /// The state of `--atomic`, with which the target changes completely or not at all.
     pub atomic: Option<Atomic>,
 }
@@ -86,6 +88,7 @@ impl Default for CommitEvents {
             verification: None,
             digests: None,
             undecoded: None,
+            ignored: Vec::new(),
             atomic: None,
         }
     }
@@ -126,7 +129,7 @@ impl CommitEvents {
             return Err(BadRequest("a commit that damages other images on the target".to_owned()));
         }
         self.atomic.as_mut().map_or(Ok(()), |atomic| atomic.admit(plan.bytes))?;
-        let needs = Needs {
+        let needs = PlanNeeds {
             data_clusters: plan.new_data_clusters,
             metadata_clusters: plan.new_metadata_clusters,
             encoded_bytes: plan.encoded_bytes,
@@ -173,6 +176,15 @@ impl CommitEvents {
         };
         self.observer.iter().for_each(|observer| observer.warning(&line));
         self.warnings.push(line);
+        Ok(())
+    }
+
+    /// Take damage that did not keep an image from being read.
+    fn ignored(&mut self, damage: Ignored) -> Result<(), BadRequest> {
+        if self.undecoded.is_none() || self.ignored.len() >= MAX_CHAIN_DEVICES {
+            return Err(BadRequest("damage was passed over that nobody allowed, or too often".to_owned()));
+        }
+        self.ignored.push(damage);
         Ok(())
     }
 
@@ -243,6 +255,7 @@ impl Events for CommitEvents {
             Some(Told::Verify(found)) => self.read_back(devices, &found),
             Some(Told::Digest(begun)) => self.hash(devices, begun.after),
             Some(Told::Undecoded(part)) => self.undecoded(part),
+            Some(Told::Ignored(damage)) => self.ignored(damage),
             None => Err(BadRequest("an event that says nothing".to_owned())),
         }
     }

@@ -180,7 +180,7 @@ impl Operation for Commit<'_> {
         let mut overlay = opened.identify_overlay(registry, self.request.format.as_deref())?;
         session.note_image("overlay", &overlay);
         // All but the backing have a slot.
-        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES);
+        let mut descent = Descent::new(registry, below, named.image.path(), MAX_CHAIN_DEVICES, session.cancel());
         let format = self.request.base_format.as_deref();
         let choice = BackingChoice { base: named.base.as_ref(), format, access };
         let Target { mut backing, mut between, stands_in } = resolve_backing(&mut descent, &overlay, choice)?;

@@ -4,9 +4,10 @@ use super::request::ConvertRequest;
 use crate::commit::CommitEvents;
 use crate::devices::{Device, Devices};
 use crate::error::Error;
-use crate::escape::escape_path;
+use crate::escape::{escape, escape_path};
 use crate::operation::{DevicePaths, Ended};
 use instar_guest_abi::ErrorCode;
+use instar_guest_protocol::commit::Ignored;
 use rustix::fs::{fallocate, FallocateFlags};
 use rustix::io::{retry_on_intr, Errno};
 use std::fs::File;
@@ -34,6 +35,14 @@ fn keep_space(request: &ConvertRequest, file: &File) -> Result<(), Error> {
         Err(errno @ (Errno::NOSPC | Errno::DQUOT)) => Err(failed(ErrorCode::NoSpace, &errno.into())),
         Err(errno) => Err(failed(ErrorCode::BackingIo, &errno.into())),
     }
+}
+
+/// The line about damage that did not keep an image from being read.
+pub fn ignored(paths: &DevicePaths, damage: &Ignored) -> String {
+    let path = escape_path(paths.get(damage.device).unwrap_or(Path::new("")));
+    let place = if damage.offset == u64::MAX { String::new() } else { format!(" (at offset {})", damage.offset) };
+    let text = escape(&damage.text);
+    format!("'{path}': {text}{place}: ignored, to read what can be read")
 }
 
 /// The unreadable ranges of a device, one line each.

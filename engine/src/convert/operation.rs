@@ -1,6 +1,6 @@
 //! The conversion as an [`Operation`].
 
-use super::end::{allocate, salvaged};
+use super::end::{allocate, ignored, salvaged};
 use super::existing::{refuse_device, Existing};
 use super::in_parts::{left_over, parts_of};
 use super::parent::{divide, Layers};
@@ -399,7 +399,8 @@ impl Operation for Convert<'_> {
         events.room.judge("the image", ended.end).map_err(|failure| failure.error(&ended.paths, Some(state)))?;
         let mut warnings = events.warnings;
         let (devices, observer) = (&ended.devices, events.observer);
-        for line in ended.paths.sources().flat_map(|number| salvaged(devices, &ended.paths, number)) {
+        let unread = ended.paths.sources().flat_map(|number| salvaged(devices, &ended.paths, number));
+        for line in events.ignored.iter().map(|damage| ignored(&ended.paths, damage)).chain(unread) {
             observer.iter().for_each(|observer| observer.warning(&line));
             warnings.push(line);
         }

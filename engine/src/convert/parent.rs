@@ -56,7 +56,7 @@ pub fn divide<'r>(
             let opened = base.open(Access::ReadOnly, ErrorCode::BackingNotFound)?.lock(Access::ReadOnly)?;
             let first = opened.identify_as(opener.registry, format, "-F")?;
             let room = MAX_CHAIN_DEVICES.saturating_sub(layers.len().saturating_add(1));
-            let mut descent = Descent::new(opener.registry, opener.below, base.path(), room);
+            let mut descent = Descent::new(opener.registry, opener.below, base.path(), room, opener.session.cancel());
             let rest = descent.open_below(&first, Access::ReadOnly)?;
             let below: Vec<ChainImage<'_>> = std::iter::once(first).chain(rest).collect();
             check_parents(&below.iter().collect::<Vec<_>>())?;

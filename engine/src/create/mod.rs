@@ -10,6 +10,7 @@ pub(crate) use likeness::look_like;
 pub(crate) use new_file::NewFile;
 pub(crate) use parts::Parts;
 
+use crate::cancel::Cancel;
 use crate::error::{Error, Role};
 use crate::escape::{escape, escape_path};
 use crate::image::{
@@ -159,7 +160,9 @@ fn resolve(
 fn refuse_ancestor(registry: &Registry, new: &NamedFile, backing: &ChainImage<'_>) -> Result<(), Error> {
     let Some(overwritten) = new.identity() else { return Ok(()) };
     let (gate, role, access) = (Gate::everywhere()?, RecordedRole::Ancestor, Access::Shared);
-    let mut descent = Descent::new(registry, &gate, &backing.opened.path, MAX_CHAIN_DEVICES);
+    // Nothing was begun that would have to be ended in order: a signal ends the process.
+    let cancel = Cancel::new();
+    let mut descent = Descent::new(registry, &gate, &backing.opened.path, MAX_CHAIN_DEVICES, &cancel);
     let mut lowest: Option<ChainImage<'_>> = None;
     loop {
         let above = lowest.as_ref().unwrap_or(backing);

@@ -117,13 +117,17 @@ impl Recorder<'_> {
 
     /// How another name gets into an image where no command changes it.
     fn edit(&self, what: &str) -> String {
-        match (self.role, self.format) {
-            // A vdi records no name: this one is made of the parent's identifier.
-            (RecordedRole::Target | RecordedRole::Ancestor, "vdi") => {
-                "allow its directory with --allow-backing-dir, or give it that name here with `ln -s`".to_owned()
-            }
-            _ => format!("write {what} into the image"),
+        match self.linked() {
+            Some(linked) => format!("allow its directory with --allow-backing-dir, or {linked}"),
+            None => format!("write {what} into the image"),
         }
+    }
+
+    /// How a file gets the name of a parent that an image of this format has, if nothing but a file can have it: a vdi records no
+    /// name, and this one is made of the parent's identifier.
+    fn linked(&self) -> Option<&'static str> {
+        let is_parent = matches!(self.role, RecordedRole::Target | RecordedRole::Ancestor);
+        (is_parent && self.format == "vdi").then_some("give it that name here with `ln -s`")
     }
 
     pub(super) fn no_file(&self, name: &[u8], why: &NoFile) -> Error {
@@ -148,14 +152,17 @@ impl Recorder<'_> {
         self.refuse(name, why, &self.record("the file's own name"))
     }
 
-    /// There is no such file.
-    pub(super) fn missing(&self, path: &Path) -> Error {
+    /// There is no such file. `allowing`: the command has an option to allow directories.
+    pub(super) fn missing(&self, path: &Path, allowing: bool) -> Error {
         let recorder = escape_path(self.path);
         let role = match self.role {
             RecordedRole::File => "as one of its extents",
             RecordedRole::Target | RecordedRole::Ancestor => "as its backing file",
         };
-        let moved = self.record("its new name");
+        let moved = match self.linked().filter(|_| !allowing) {
+            Some(linked) => linked.to_owned(),
+            None => self.record("its new name"),
+        };
         let clause =
             format!("does not exist, and '{recorder}' records it {role}: put it back, or, if it was moved, {moved}");
         Error::image(path, ErrorCode::BackingNotFound, clause).with_errno(libc::ENOENT)

@@ -10,6 +10,7 @@ use super::gate::{Gate, Located};
 use super::identify::Recorded;
 use super::open::OpenedFile;
 use super::proven::ParentSearch;
+use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::lookup::Identity;
 use crate::plugins::Registry;
@@ -30,6 +31,8 @@ pub struct Descent<'r, 'g> {
     /// How many more images there may be, and how many in all.
     room: usize,
     most: usize,
+    /// The handle that ends a search for a parent.
+    cancel: &'g Cancel,
 }
 
 /// Whether the format of an image cannot record a parent, neither by name nor by identity. Only the operator knows the parent
@@ -48,8 +51,8 @@ fn pointer(facts: &ImageFacts) -> Option<&BackingPointer> {
 impl<'r, 'g> Descent<'r, 'g> {
     /// Begin at the image `first` that the operator named, with at most `room` images below it.
     #[must_use]
-    pub fn new(registry: &'r Registry, gate: &'g Gate, first: &'g Path, room: usize) -> Self {
-        Self { registry, gate, first, seen: Vec::new(), believed: None, room, most: room }
+    pub fn new(registry: &'r Registry, gate: &'g Gate, first: &'g Path, room: usize, cancel: &'g Cancel) -> Self {
+        Self { registry, gate, first, seen: Vec::new(), believed: None, room, most: room, cancel }
     }
 
     /// Believe the operator about the format of a file, if the image above it records none.
@@ -76,7 +79,8 @@ impl<'r, 'g> Descent<'r, 'g> {
         wanted: Option<Identity>,
     ) -> Result<Option<Located>, Error> {
         let Some(pointer) = pointer(&image.facts) else { return Ok(None) };
-        let search = ParentSearch { registry: self.registry, gate: self.gate, image, role, access, wanted };
+        let Self { registry, gate, cancel, .. } = *self;
+        let search = ParentSearch { registry, gate, image, role, access, wanted, cancel };
         let located = self.gate.find_or(&image.recorder(role), pointer.names(), access, wanted, || search.find())?;
         self.step(image, located.identity())?;
         Ok(Some(located))
@@ -103,7 +107,8 @@ impl<'r, 'g> Descent<'r, 'g> {
         role: RecordedRole,
         access: Access,
     ) -> Result<Option<Located>, Error> {
-        let search = ParentSearch { registry: self.registry, gate: self.gate, image, role, access, wanted: None };
+        let Self { registry, gate, cancel, .. } = *self;
+        let search = ParentSearch { registry, gate, image, role, access, wanted: None, cancel };
         let Some(located) = search.find()? else { return Ok(None) };
         self.step(image, located.identity())?;
         Ok(Some(located))

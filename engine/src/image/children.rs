@@ -104,7 +104,7 @@ impl ChildSearch<'_> {
         let mut seen: HashSet<Identity> =
             known.flat_map(|file| std::iter::once(file.identity).chain(file.below)).collect();
         let mut listed: HashSet<Identity> = HashSet::new();
-        let scan = Scan { registry: self.registry, cancel: self.cancel };
+        let scan = Scan { registry: self.registry, cancel: self.cancel, only: None };
         for directory in directories {
             if !listed.insert(directory.identity()) {
                 continue;

@@ -161,7 +161,7 @@ impl Gate {
                 return Ok(located);
             }
         }
-        let error = first.unwrap_or_else(|| recorder.missing(&PathBuf::new()));
+        let error = first.unwrap_or_else(|| recorder.missing(&PathBuf::new(), !self.everywhere));
         Err(if others.is_empty() { error } else { error.in_state(&format!("tried as well: {}", others.join(", "))) })
     }
 
@@ -175,7 +175,7 @@ impl Gate {
         let file = file_name(name).map_err(|why| recorder.no_file(name, &why))?;
         let start = match self.roots.working_directory() {
             Some(directory) if file.from_working_directory => directory,
-            None if file.from_working_directory => return Err(recorder.missing(&PathBuf::from("."))),
+            None if file.from_working_directory => return Err(recorder.missing(&PathBuf::from("."), !self.everywhere)),
             _ => recorder.directory,
         };
         // Decided by its text, which is public: the answer reveals nothing about its content.
@@ -221,7 +221,7 @@ impl Gate {
         }
         let failed = |clause: &str| Error::image(&path, ErrorCode::OpenFailed, clause);
         match lost.why {
-            Why::Errno(Errno::NOENT) => recorder.missing(&path),
+            Why::Errno(Errno::NOENT) => recorder.missing(&path, !self.everywhere),
             Why::Errno(Errno::LOOP) => failed("cannot be followed: there are more than 40 symbolic links on the way"),
             Why::Errno(Errno::ACCESS) => {
                 Error::image(&path, ErrorCode::PermissionDenied, "cannot be reached: permission denied")

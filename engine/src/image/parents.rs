@@ -6,6 +6,7 @@ use super::advice::RecordedRole;
 use super::chain::Descent;
 use super::chain_image::ChainImage;
 use super::gate::Gate;
+use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::escape::escape_path;
 use crate::plugins::{Plugin, Registry};
@@ -59,8 +60,13 @@ pub fn check_parents(chain: &[&ChainImage<'_>]) -> Result<(), Error> {
 ///
 /// # Errors
 /// [`ErrorCode::ParentMismatch`], [`ErrorCode::RecoveryNeeded`].
-pub fn check_immediate_parent(registry: &Registry, image: &ChainImage<'_>, gate: &Gate) -> Result<(), Error> {
-    let mut descent = Descent::new(registry, gate, &image.opened.path, 1);
+pub fn check_immediate_parent(
+    registry: &Registry,
+    image: &ChainImage<'_>,
+    gate: &Gate,
+    cancel: &Cancel,
+) -> Result<(), Error> {
+    let mut descent = Descent::new(registry, gate, &image.opened.path, 1, cancel);
     let (role, access) = (RecordedRole::Ancestor, Access::Shared);
     let Ok(Some(located)) = descent.next(image, role, access, None) else { return Ok(()) };
     located.refuse_unfinished()?;

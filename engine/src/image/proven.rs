@@ -46,6 +46,8 @@ pub struct ParentSearch<'s> {
     pub access: Access,
     /// A file that the operator named: of several that may be the parent, it is the one.
     pub wanted: Option<Identity>,
+    /// The handle that ends it.
+    pub cancel: &'s Cancel,
 }
 
 impl ParentSearch<'_> {
@@ -54,7 +56,7 @@ impl ParentSearch<'_> {
     ///
     /// # Errors
     /// [`ErrorCode::BackingNotFound`] if several files have the identity; [`ErrorCode::WriteTargetNotAllowed`] if only one has it that
-    /// an image may not choose: a hidden file, or an executable one that is to be written.
+    /// an image may not choose: a hidden file, or an executable one that is to be written; [`ErrorCode::Interrupted`].
     pub fn find(&self) -> Result<Option<Located>, Error> {
         let facts = &self.image.facts;
         if !facts.parent_identity_unique || facts.parent_identity.is_empty() {
@@ -100,8 +102,9 @@ impl ParentSearch<'_> {
         seen: &mut HashSet<Identity>,
         found: &mut Found,
     ) -> Result<(), Error> {
-        let Self { registry, gate, image, role, access, wanted } = *self;
-        let scan = Scan { registry, cancel: &Cancel::new() };
+        let Self { registry, gate, image, role, access, wanted, cancel } = *self;
+        // An identity that changes with the content is known to its own format only; and other images may have long headers.
+        let scan = Scan { registry, cancel, only: Some(image.plugin) };
         // A directory that cannot be listed holds nothing that could be found.
         scan.images_in(directory, seen, |other| {
             let next = other.plugin.next_identity(&other.facts, &image.facts);

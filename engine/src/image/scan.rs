@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::lookup::{Directory, Identity};
 use crate::plugins::{FileImage, IdentifyError, ImageRead, Plugin, Registry};
 use instar_guest_abi::ErrorCode;
-use instar_plugin_api::ImageFacts;
+use instar_plugin_api::{ImageFacts, PROBE_NO};
 use rustix::fs::{fstat, openat, Dir, DirEntry, FileType, Mode, OFlags, Stat};
 use rustix::io::{retry_on_intr, Errno};
 use std::collections::HashSet;
@@ -59,6 +59,8 @@ pub struct Scan<'r, 's> {
     pub registry: &'r Registry,
     /// The handle that ends the scan.
     pub cancel: &'s Cancel,
+    /// The plugin of the only format that is looked for; `None`: any format.
+    pub only: Option<&'r Plugin>,
 }
 
 impl<'r> Scan<'r, '_> {
@@ -129,6 +131,10 @@ impl<'r> Scan<'r, '_> {
             return Ok(None);
         }
         let image = Glance::new(File::from(file)).map_err(|_| Unseen)?;
+        let of_other_format = |plugin: &Plugin| plugin.probe(&image).is_ok_and(|score| score == PROBE_NO);
+        if self.only.is_some_and(of_other_format) {
+            return Ok(None);
+        }
         match self.registry.identify(&image, None) {
             Ok(found) => {
                 let name = name.to_owned();

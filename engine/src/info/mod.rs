@@ -76,7 +76,7 @@ fn collect(registry: &Registry, request: &InfoRequest, session: &Session) -> Res
     }
     let first = opened.identify_as(registry, request.format.as_deref(), "-f");
     let mut image = first.map_err(|error| error.in_role(Role::Image))?;
-    let mut descent = Descent::new(registry, &gate, file.path(), MAX_CHAIN_DEVICES);
+    let mut descent = Descent::new(registry, &gate, file.path(), MAX_CHAIN_DEVICES, session.cancel());
     descent.passed(image.opened.identity);
     let mut images: Vec<ImageInfo> = Vec::new();
     let mut path = request.image.clone();

@@ -177,7 +177,8 @@ impl<'r> Opener<'r, '_> {
     ) -> Result<Vec<ChainImage<'r>>, Error> {
         let Self { registry, access, .. } = *self;
         let top = self.open_file(file, format, option)?;
-        let mut descent = Descent::new(registry, gate, file.path(), most.saturating_sub(1)).believing(believed);
+        let mut descent = Descent::new(registry, gate, file.path(), most.saturating_sub(1), self.session.cancel())
+            .believing(believed);
         let below = descent.open_below(&top, access)?;
         let mut layers: Vec<ChainImage<'r>> = std::iter::once(top).chain(below).collect();
         check_parents(&layers.iter().collect::<Vec<_>>())?;

@@ -27,6 +27,6 @@ pub use meter::Meter;
 pub use observer::{Observer, Progress, Stage};
 pub use run::{run, Ended, Operation, Settings};
 pub use session::Session;
-pub(crate) use space::{block_size, free_in, free_space, taken_space, Needs, Room, Space};
+pub(crate) use space::{block_size, free_in, free_space, taken_space, PlanNeeds, Room, Space};
 pub use timing::Timing;
 pub use verdict::{ask, ask_below};

@@ -19,7 +19,7 @@ const TMPFS: u64 = 0x0102_1994;
 
 /// The needs of a plan in the image that is written to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Needs {
+pub struct PlanNeeds {
     /// The number of new clusters for data.
     pub data_clusters: u64,
     /// The number of new clusters for metadata.
@@ -99,7 +99,7 @@ impl Space {
 
     /// The bytes that are needed and the bytes that are free, if these certainly do not suffice.
     #[must_use]
-    pub fn lacking(&self, needs: &Needs) -> Option<(u64, u64)> {
+    pub fn lacking(&self, needs: &PlanNeeds) -> Option<(u64, u64)> {
         let bytes = |clusters: u64| clusters.saturating_mul(self.cluster);
         let data = self.data.saturating_add(needs.encoded_bytes);
         let new = bytes(needs.data_clusters).min(data).saturating_add(bytes(needs.metadata_clusters));
@@ -128,7 +128,7 @@ impl Room {
     ///
     /// # Errors
     /// It certainly needs more space than there is.
-    pub fn admit(&mut self, needs: &Needs) -> Result<(), BadRequest> {
+    pub fn admit(&mut self, needs: &PlanNeeds) -> Result<(), BadRequest> {
         self.lacking = self.space.and_then(|space| space.lacking(needs));
         self.lacking.map_or(Ok(()), |_| Err(BadRequest("more space than there is".to_owned())))
     }
@@ -155,17 +155,17 @@ mod tests {
     #[test]
     fn only_what_is_certain_is_lacking() {
         let space = Space { free: 1000, length: 5000, cluster: 100, data: 3000 };
-        let plan = |data, metadata, length| Needs {
+        let plan = |data, metadata, length| PlanNeeds {
             data_clusters: data,
             metadata_clusters: metadata,
             final_length: length,
-            ..Needs::default()
+            ..PlanNeeds::default()
         };
         assert_eq!(space.lacking(&plan(9, 1, 6000)), None);
         assert_eq!(space.lacking(&plan(10, 1, 6100)), Some((1100, 1000)));
         assert_eq!(space.lacking(&plan(10, 1, 5900)), None, "the others are free clusters within the file");
         assert_eq!(Space { data: 800, ..space }.lacking(&plan(10, 1, 6100)), None, "the data has holes");
-        let decoded = Needs { encoded_bytes: 200, ..plan(10, 1, 6100) };
+        let decoded = PlanNeeds { encoded_bytes: 200, ..plan(10, 1, 6100) };
         assert_eq!(Space { data: 800, ..space }.lacking(&decoded), Some((1100, 1000)), "but decoded data has none");
         assert_eq!(space.lacking(&plan(u64::MAX, u64::MAX, u64::MAX)), Some((u64::MAX - 5000, 1000)));
     }

@@ -4,7 +4,7 @@ use crate::commit::REPLACED_MARK;
 use crate::create::look_like;
 use crate::devices::{Cache, Devices};
 use crate::error::{reason, Error};
-use crate::operation::{decode, DevicePaths, Events, Meter, Needs, Observer, Room, Session};
+use crate::operation::{decode, DevicePaths, Events, Meter, Observer, PlanNeeds, Room, Session};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{Phase, DEVICE_OUTPUT, PARENT_ROOM};
 use instar_guest_protocol::rebase::{Outcome, Plan};
@@ -123,7 +123,7 @@ impl Events for RebaseEvents {
         if self.lacks_room {
             return Err(BadRequest("data that leaves no room for a name".to_owned()));
         }
-        let needs = Needs {
+        let needs = PlanNeeds {
             data_clusters: plan.new_data_clusters,
             metadata_clusters: plan.new_metadata_clusters,
             encoded_bytes: 0,

@@ -50,7 +50,13 @@ impl<'r> Below<'r> {
     /// Errors of opening, locking and probing; [`ErrorCode::ChainLoop`] if the new parent is the image, or backed by
     /// it.
     pub fn open(opener: &Opener<'r, '_>, image: &ChainImage<'r>, format: Option<&str>) -> Result<Self, Error> {
-        let mut descent = Descent::new(opener.registry, opener.below, opener.named.image.path(), MAX_CHAIN_DEVICES - 1);
+        let mut descent = Descent::new(
+            opener.registry,
+            opener.below,
+            opener.named.image.path(),
+            MAX_CHAIN_DEVICES - 1,
+            opener.session.cancel(),
+        );
         let old = descent.open_below(image, Access::ReadOnly).map_err(|error| unreadable(error, image))?;
         let chain: Vec<&ChainImage<'_>> = std::iter::once(image).chain(&old).collect();
         check_parents(&chain).map_err(|error| unreadable(error, image))?;
@@ -77,7 +83,7 @@ impl<'r> Below<'r> {
         }
         let first = opened.lock(Access::ReadOnly)?.identify_as(opener.registry, Some(format), "-F")?;
         let room = MAX_CHAIN_DEVICES.saturating_sub(self.old.len().saturating_add(2));
-        let mut descent = Descent::new(opener.registry, opener.below, base.path(), room);
+        let mut descent = Descent::new(opener.registry, opener.below, base.path(), room, opener.session.cancel());
         descent.passed(first.opened.identity);
         self.new.push(first);
         while let Some(above) = self.new.last() {
@@ -133,7 +139,8 @@ pub fn open_unchecked<'r>(
     };
     refuse_itself(image, opened.identity)?;
     let Ok(first) = opened.identify_as(opener.registry, Some(format), "-F") else { return Ok(None) };
-    let mut descent = Descent::new(opener.registry, opener.below, base.path(), MAX_CHAIN_DEVICES - 1);
+    let mut descent =
+        Descent::new(opener.registry, opener.below, base.path(), MAX_CHAIN_DEVICES - 1, opener.session.cancel());
     descent.passed(first.opened.identity);
     let mut chain = vec![first];
     while let Some(above) = chain.last() {

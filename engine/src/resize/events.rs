@@ -3,7 +3,7 @@
 use crate::bytes::Bytes;
 use crate::devices::Devices;
 use crate::operation::GuestFailure;
-use crate::operation::{decode, enter_planned, Events, Meter, Needs, Room};
+use crate::operation::{decode, enter_planned, Events, Meter, PlanNeeds, Room};
 use crate::sandbox::BadRequest;
 use instar_guest_abi::{ErrorCode, Phase};
 use instar_guest_protocol::resize::{Outcome, Plan};
@@ -54,7 +54,7 @@ impl ResizeEvents {
                 plan.final_length, self.longest
             )));
         }
-        let needs = Needs {
+        let needs = PlanNeeds {
             data_clusters: plan.new_data_clusters.max(self.least),
             metadata_clusters: plan.new_metadata_clusters,
             encoded_bytes: 0,

@@ -149,14 +149,14 @@ impl Operation for Resize<'_> {
         let mut below = Vec::new();
         if several || self.sizes.1 > self.sizes.0 {
             // Data of a longer backing past the old end must not reappear.
-            let mut descent = Descent::new(registry, gate, named.image.path(), MAX_CHAIN_DEVICES);
+            let mut descent = Descent::new(registry, gate, named.image.path(), MAX_CHAIN_DEVICES, session.cancel());
             below = descent
                 .open_below(&image, Access::ReadOnly)
                 .map_err(|error| error.of_image(named.image.path(), Some(ErrorRole::Ancestor)))?;
             let chain: Vec<&ChainImage<'_>> = std::iter::once(&image).chain(&below).collect();
             check_parents(&chain)?;
         } else {
-            check_immediate_parent(registry, &image, gate)?;
+            check_immediate_parent(registry, &image, gate, session.cancel())?;
         }
         let mut files = vec![FilesOf { image: &mut image, access, changes: true, gate }];
         let only_read = |image| FilesOf { image, access: Access::ReadOnly, changes: false, gate };

@@ -48,7 +48,8 @@ impl<'a> Disks<'a> {
         Ok(Self { disks, size, current: 0, held: Extents::with_room_for(LOOK_AHEAD), salvaged: None })
     }
 
-    /// Read zeroes where what is compressed does not decode, and note in `salvaged` where that is.
+    /// Read what can be read: zeroes where what is compressed does not decode, and images whose metadata is damaged in a place that
+    /// does not matter for that. Note both in `salvaged`.
     #[must_use]
     pub fn salvaging(self, salvaged: Rc<RefCell<Salvaged>>) -> Self {
         Self { salvaged: Some(salvaged), ..self }
@@ -70,12 +71,12 @@ impl Source for Disks<'_> {
 
     /// Returns 0: nobody asks for the number of clusters, and counting them takes a pass over all tables.
     fn verify(&mut self, io: &mut dyn BlockIo, _: bool) -> DriverResult<u64> {
-        let salvages = self.salvaged.is_some();
-        self.disks.iter_mut().try_for_each(|(_, layers)| match layers.verify_each(io) {
-            // Drivers decode what is compressed when they have verified everything else.
-            Err(error) if salvages && error.code == ErrorCode::ParseFailed => Ok(()),
-            verified => verified,
-        })?;
+        let Self { disks, salvaged, .. } = self;
+        let mut wrong = |error| match salvaged {
+            Some(salvaged) => salvaged.borrow_mut().pass_over(error),
+            None => Err(error),
+        };
+        disks.iter_mut().try_for_each(|(_, layers)| layers.verify_each_or(io, &mut wrong))?;
         Ok(0)
     }
 

@@ -91,6 +91,9 @@ fn convert(
     let options = Options { keep_overlay: true, bitmaps, disabled_bitmaps: true, new_target, ..Options::default() };
     let mut images = Commit { source: source.as_mut(), sink: &mut sink, below: &mut below };
     let converted = commit(io, &mut images, options, &mut |event| report(event, reporter));
+    for ignored in salvaged.borrow_mut().ignored() {
+        reporter.event(&commit::Event { kind: Some(Kind::Ignored(ignored)) });
+    }
     for undecoded in salvaged.borrow().parts() {
         reporter.event(&commit::Event { kind: Some(Kind::Undecoded(undecoded)) });
     }

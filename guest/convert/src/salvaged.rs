@@ -1,7 +1,11 @@
-//! The parts of disks that are compressed and do not decode.
+//! What was wrong with disks of which everything was read that can be: the parts that are compressed and do not decode, and
+//! damage of metadata.
 
 use alloc::collections::BTreeMap;
-use instar_guest_protocol::commit::Undecoded;
+use alloc::vec::Vec;
+use instar_guest_protocol::commit::{Ignored, Undecoded};
+use instar_guest_sdk::abi::ErrorCode;
+use instar_guest_sdk::{DriverError, DriverResult};
 
 /// Parts that are told one by one. What else there is counts as one of several.
 pub const MOST: usize = 64;
@@ -12,6 +16,8 @@ pub struct Salvaged {
     parts: BTreeMap<(u32, u64), u64>,
     /// Of each disk, where the first of those begins for which there was no room, and the bytes of all of them.
     rest: BTreeMap<u32, (u64, u64)>,
+    /// The first damage of each image that was found when the image was verified.
+    ignored: Vec<Ignored>,
 }
 
 impl Salvaged {
@@ -27,6 +33,29 @@ impl Salvaged {
             let (first, bytes) = self.rest.get(&disk).copied().unwrap_or((from, 0));
             self.rest.insert(disk, (first.min(from), bytes.saturating_add(length)));
         }
+    }
+
+    /// Pass over what is wrong with an image as a whole: what its data needs is verified again when it is read.
+    ///
+    /// # Errors
+    /// `error`, unless it is about damage.
+    pub fn pass_over(&mut self, error: DriverError) -> DriverResult<()> {
+        match error.code {
+            // Drivers decode what is compressed when they have verified everything else: it will be found again.
+            ErrorCode::ParseFailed => {}
+            ErrorCode::OverlayCorrupt | ErrorCode::BackingCorrupt => self.ignored.push(Ignored {
+                device: error.device.unwrap_or(u32::MAX),
+                offset: error.offset.unwrap_or(u64::MAX),
+                text: error.text,
+            }),
+            _ => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// The damage that was passed over.
+    pub fn ignored(&mut self) -> Vec<Ignored> {
+        core::mem::take(&mut self.ignored)
     }
 
     /// The parts as the host is told of them, by disk and ascending, and then what had no room, by disk.

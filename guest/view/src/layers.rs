@@ -159,7 +159,19 @@ impl<'a> Layers<'a> {
     /// # Errors
     /// Those of the sources.
     pub fn verify_each(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        self.layers.iter_mut().try_for_each(|layer| layer.source.verify(io, false).map(drop))
+        self.verify_each_or(io, &mut Err)
+    }
+
+    /// Verify each of them; what is wrong with one goes to `wrong`, which may pass it over.
+    ///
+    /// # Errors
+    /// Those of `wrong`.
+    pub fn verify_each_or(
+        &mut self,
+        io: &mut dyn BlockIo,
+        wrong: &mut dyn FnMut(DriverError) -> DriverResult<()>,
+    ) -> DriverResult<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.source.verify(io, false).map(drop).or_else(&mut *wrong))
     }
 
     /// The top-most of them.

@@ -2,12 +2,7 @@
 
 use crate::facts::names;
 use instar_plugin_api::{Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
-use instar_qcow_format::ENTRY_BYTES;
-
-/// Why an encrypted image takes part in nothing.
-const ENCRYPTED: &str =
-    "encryption (AES) is not supported: convert it to an image without (`qemu-img convert --image-opts`, with \
-                         the passphrase as --object secret)";
+use instar_qcow_format::{ENCRYPTED, ENTRY_BYTES};
 
 /// The verdict on `own`; see [`FormatPlugin::verdict`](instar_plugin_api::FormatPlugin::verdict).
 pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {

@@ -3,7 +3,7 @@
 
 use crate::facts::{names, NAME_CHARS};
 use instar_plugin_api::{printable, Context, ErrorCode, ImageFacts, Incoming, Role, Verdict};
-use instar_qcow2_format::{ClusterSize, RefcountOrder};
+use instar_qcow2_format::{encryption_refusal, ClusterSize, RefcountOrder};
 
 const CHECK: &str = "run `instar check -r all` on it first";
 
@@ -98,7 +98,7 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
     }
     if own.encrypted {
         let method = own.text(names::ENCRYPTION).unwrap_or("unknown");
-        let reason = format!("encryption ({method}) is not supported: convert it to an image without (`qemu-img convert --image-opts`, with the passphrase as --object secret)");
+        let reason = encryption_refusal(method);
         return Some((ErrorCode::LuksUnsupported, reason));
     }
     if own.feature(names::DATA_FILE).is_some() {

@@ -46,7 +46,7 @@ pub struct Relinked {
 /// What a commit tells.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Event {
-    #[prost(oneof = "event::Kind", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "event::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub kind: ::core::option::Option<event::Kind>,
 }
 /// Nested message and enum types in `Event`.
@@ -70,7 +70,23 @@ pub mod event {
         /// At the end of a conversion, and only if the host asked for it.
         #[prost(message, tag = "6")]
         Undecoded(super::Undecoded),
+        /// Likewise, at most once for each image that is read.
+        #[prost(message, tag = "7")]
+        Ignored(super::Ignored),
     }
+}
+/// Damage of an image's metadata that did not keep the image from being read.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Ignored {
+    /// The device that has it; none of them if that is not known.
+    #[prost(uint32, tag = "1")]
+    pub device: u32,
+    /// Byte of the device; 2^64 - 1 if that is not known.
+    #[prost(uint64, tag = "2")]
+    pub offset: u64,
+    /// What is damaged: one clause.
+    #[prost(string, tag = "3")]
+    pub text: ::prost::alloc::string::String,
 }
 /// A part of the disk that is compressed and does not decode: it is zero in the copy.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

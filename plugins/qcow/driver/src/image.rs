@@ -6,7 +6,7 @@ use core::ops::Range;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, ImageInfo};
 use instar_guest_sdk::table::Disk;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
-use instar_qcow_format::{Entry, Header, Trouble, ENTRY_BYTES, HEADER_BYTES};
+use instar_qcow_format::{field, Entry, Header, Trouble, ENCRYPTED, ENTRY_BYTES, HEADER_BYTES};
 
 /// Bytes of the file, from its begin on, in which everything has to lie: what is used of it is marked, a window at a time.
 const REACH: u64 = 1 << 46;
@@ -55,8 +55,7 @@ impl Image {
             return Err(DriverError::new(ErrorCode::HeaderMismatch, text).at(number, 0));
         }
         if header.encrypted {
-            let text = "the image is encrypted, and its content cannot be read without the key";
-            return Err(DriverError::new(ErrorCode::UnsupportedFormat, text).at(number, 0));
+            return Err(DriverError::new(ErrorCode::LuksUnsupported, ENCRYPTED).at(number, field::CRYPT as u64));
         }
         if header.keep_end() > file_length {
             return Err(image.corrupt(header.l1_offset, "L1 table or backing file name go past the end of the file"));

@@ -4,6 +4,10 @@ use crate::{FormatError, ENTRY_BYTES, SECTOR};
 use alloc::format;
 use core::ops::Range;
 
+/// Why an encrypted image is refused, and what to do: both halves say the same.
+pub const ENCRYPTED: &str = "encryption (AES) is not supported: make a copy without it, `qemu-img convert --object \
+     secret,id=s,file=PASSPHRASE --image-opts -O qcow2 driver=qcow,encrypt.key-secret=s,file.filename=IMAGE NEW`";
+
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 48;
 /// Magic number and version: the first bytes of every image.

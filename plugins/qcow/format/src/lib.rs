@@ -16,7 +16,7 @@ mod inflate;
 pub use create::{create, l1_place, CreateOptions, NewImage};
 pub use entry::{Entry, ENTRY_BYTES};
 pub use error::{FormatError, Trouble};
-pub use header::{field, Header, HEADER_BYTES, MAGIC, MAX_NAME, MOST_L1_ENTRIES};
+pub use header::{field, Header, ENCRYPTED, HEADER_BYTES, MAGIC, MAX_NAME, MOST_L1_ENTRIES};
 pub use inflate::{inflate, Inflater};
 
 /// Bytes of a sector, in which the disk and what lies in the file are counted (`BDRV_SECTOR_SIZE`).

@@ -7,8 +7,8 @@ use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
 pub use instar_guest_sdk::overflow;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{
-    autoclear, incompatible, ClusterSize, ExtensionKind, GuestCluster, Header, HeaderErrorKind, HostCluster,
-    HostOffset, Version, AUTOCLEAR_OFFSET,
+    autoclear, encryption_method, encryption_refusal, incompatible, ClusterSize, ExtensionKind, GuestCluster, Header,
+    HeaderErrorKind, HostCluster, HostOffset, Version, AUTOCLEAR_OFFSET,
 };
 
 /// Which role the image is opened for: it decides which side a corruption is reported on.
@@ -102,7 +102,8 @@ impl Image {
         let refused = |code, text: &str| Err(DriverError::new(code, text).at(self.device, 72));
         let header = &self.header;
         if header.crypt_method != 0 {
-            return refused(ErrorCode::LuksUnsupported, "the image is encrypted");
+            let text = encryption_refusal(encryption_method(header.crypt_method));
+            return refused(ErrorCode::LuksUnsupported, &text);
         }
         if header.has(incompatible::DATA_FILE) {
             return refused(ErrorCode::ExternalDataFile, "the image has an external data file, which is not supported: `qemu-img convert` makes an image that holds its data itself");

@@ -291,6 +291,14 @@ fn what_cannot_be_mended_without_loss_is_told_and_every_byte_stays() {
             assert!(told.contains(word) && told.contains("losing") && told.contains(lost), "{told}");
         }
     }
+    // Entries behind the end of the disk are no part of it.
+    let mut bytes = spoiled(&spec(12, 4, 1), 3);
+    let end = be64(&bytes, 24) >> 12;
+    let at = l2(&bytes) + end * 8;
+    assert!(end < 512);
+    put64(&mut bytes, at, 1 << 40);
+    let told = mend(&Kit, &bytes, Repair::All).unwrap().told;
+    assert!(told[0].contains("past the end") && told[0].contains("no cluster of the disk"), "{told:?}");
     // An extended entry has two halves.
     let extended = Spec { extended: true, ..Spec::new(14, 40 << 14) }.with([(5, State::Mixed(7, 0xff, 0xff00))]);
     for (half, value) in [(0, 1 << 40), (8, 1 << 32 | 1)] {

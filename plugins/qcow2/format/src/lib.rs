@@ -10,6 +10,7 @@ mod bitmap;
 mod compressed;
 mod compressor;
 mod create;
+mod encryption;
 mod error;
 mod extension;
 mod header;
@@ -28,6 +29,7 @@ pub use bitmap::{
 pub use compressed::{decompress, CompressedRange, DecodeError, Decompressor};
 pub use compressor::Compressor;
 pub use create::{create, CreateError, CreateOptions, NewImage, Preallocation};
+pub use encryption::{encryption_method, encryption_refusal};
 pub use error::{HeaderError, HeaderErrorKind};
 pub use extension::{Bitmaps, Extension, ExtensionKind, FeatureName};
 pub use header::{

@@ -4,7 +4,7 @@
 use crate::check::Verified;
 use crate::decode::GrainReader;
 use crate::image::{Directory, Image};
-use crate::work::{grains, Group, Groups, Part};
+use crate::work::{grains, GrainPart, Group, Groups};
 use alloc::format;
 use alloc::vec;
 use instar_guest_sdk::abi::{device_flags, ErrorCode, FileDevice, PlanSummary};
@@ -127,7 +127,7 @@ impl Planner {
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedFormat`] if it holds something else; corruption and I/O errors.
-    pub fn holds(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, part: &Part) -> DriverResult<()> {
+    pub fn holds(&mut self, io: &mut dyn BlockIo, image: &Image, offset: u64, part: &GrainPart) -> DriverResult<()> {
         let length = usize::try_from(part.extent.length).map_err(|_| overflow("a part of a grain"))?;
         let (mut held, mut arriving) = (vec![0; length], vec![0; length]);
         let start = part.extent.guest_offset - part.grain;

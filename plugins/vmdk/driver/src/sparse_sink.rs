@@ -17,7 +17,7 @@ use crate::growth::SparseGrowth;
 use crate::image::Image;
 use crate::sparse_plan::Planner;
 use crate::tables::Table;
-use crate::work::{grains, Group, Groups, OpenGrain, Part};
+use crate::work::{grains, GrainPart, Group, Groups, OpenGrain};
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::{device_flags, FileDevice, PlanSummary, Request};
 use instar_guest_sdk::table::{Action, ClusterData, ClusterPlace};
@@ -144,7 +144,7 @@ impl SparseSink {
         &mut self,
         io: &mut dyn BlockIo,
         (tables, slot): (&mut [Table], usize),
-        part: &Part,
+        part: &GrainPart,
         below: &mut dyn ReadBelow,
         pending: &mut Pending,
     ) -> DriverResult<()> {

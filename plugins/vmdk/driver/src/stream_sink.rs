@@ -8,7 +8,7 @@
 
 use crate::sparse_sink::{Pending, SparseSink};
 use crate::tables::Table;
-use crate::work::{Group, OpenGrain, Part};
+use crate::work::{GrainPart, Group, OpenGrain};
 use alloc::vec;
 use instar_guest_sdk::{overflow, BlockIo, DriverResult, ReadBelow};
 use instar_vmdk_format::{Header, Place, FOOTER_BYTES, HEADER_BYTES, SECTOR};
@@ -31,7 +31,7 @@ impl SparseSink {
         &mut self,
         io: &mut dyn BlockIo,
         tables: &mut [Table],
-        part: &Part,
+        part: &GrainPart,
         pending: &mut Pending,
     ) -> DriverResult<bool> {
         let same = self.open.as_ref().is_some_and(|open| open.guest == part.grain);
@@ -48,7 +48,7 @@ impl SparseSink {
         &mut self,
         io: &mut dyn BlockIo,
         tables: &mut [Table],
-        part: &Part,
+        part: &GrainPart,
         below: Option<&mut dyn ReadBelow>,
         pending: &mut Pending,
     ) -> DriverResult<()> {
@@ -66,7 +66,7 @@ impl SparseSink {
         &mut self,
         io: &mut dyn BlockIo,
         tables: &mut [Table],
-        part: &Part,
+        part: &GrainPart,
         pending: &mut Pending,
     ) -> DriverResult<()> {
         let size = |bytes: u64| usize::try_from(bytes).map_err(|_| overflow("a part of a grain"));

@@ -27,7 +27,7 @@ pub struct Group {
 
 /// A part of a piece within one grain.
 #[derive(Clone, Copy, Debug)]
-pub struct Part {
+pub struct GrainPart {
     /// The entry in the table.
     pub entry: usize,
     /// First guest byte of the grain.
@@ -89,14 +89,14 @@ impl<'a> Groups<'a> {
 ///
 /// # Errors
 /// An arithmetic guard.
-pub fn grains(image: &Image, piece: &Piece) -> DriverResult<Vec<Part>> {
+pub fn grains(image: &Image, piece: &Piece) -> DriverResult<Vec<GrainPart>> {
     let mut parts = Vec::new();
     let size = image.layout.grain_bytes();
     for extent in piece.extent.blocks(size)? {
         let Place { entry, grain, .. } = image.layout.place(extent.guest_offset);
         let length = size.min(image.layout.virtual_size().checked_sub(grain).ok_or_else(|| overflow("a grain"))?);
         let arrival = Arrival { zero: extent.is_zero(), whole: extent.length == length };
-        parts.push(Part { entry, grain, length, extent, arrival });
+        parts.push(GrainPart { entry, grain, length, extent, arrival });
     }
     Ok(parts)
 }

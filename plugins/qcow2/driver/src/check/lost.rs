@@ -78,8 +78,10 @@ pub(crate) fn lost(io: &mut dyn BlockIo, image: &Image) -> DriverResult<Lost> {
                 half = Some((number, raw));
             }
             let readable = is_readable(image, metadata.as_ref(), first, second);
-            if !readable && (width == 8 || is_second) {
-                found.add(start.saturating_add(number * cluster), 1);
+            let guest = start.saturating_add(number * cluster);
+            // Entries behind the disk's end are no part of it.
+            if !readable && (width == 8 || is_second) && guest < header.virtual_size {
+                found.add(guest, 1);
             }
             Ok(())
         })?;
