@@ -45,10 +45,17 @@ pub(crate) fn decode_halves(
     entry: u64,
     bitmap: u64,
 ) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
-    if image.header.has(incompatible::EXTENDED_L2) {
-        return Subclusters::decode(entry, bitmap, image.cluster_size());
+    let (size, version) = (image.cluster_size(), image.header.version);
+    if image.data.is_some() {
+        if image.header.has(incompatible::EXTENDED_L2) {
+            return Subclusters::decode_outside(entry, bitmap, size);
+        }
+        return L2Entry::decode_outside(entry, size, version).map(|entry| (entry, None));
     }
-    L2Entry::decode(entry, image.cluster_size(), image.header.version).map(|entry| (entry, None))
+    if image.header.has(incompatible::EXTENDED_L2) {
+        return Subclusters::decode(entry, bitmap, size);
+    }
+    L2Entry::decode(entry, size, version).map(|entry| (entry, None))
 }
 
 /// Where a compressed cluster is, verified to lie in the file; only its last sector may be cut off.

@@ -1,5 +1,6 @@
 //! The tables that map the guest's clusters, as slices that can be changed: the active L1 table and its L2 tables.
 
+use crate::data_file::verify_place;
 use crate::image::Image;
 use crate::metadata::entries::decode_l1;
 use crate::metadata::l2_entry::{decode_halves, Mapped};
@@ -111,7 +112,9 @@ impl Mapping {
         let second = if image.header.has(incompatible::EXTENDED_L2) { self.l2.entry(at + 8)? } else { 0 };
         let (entry, subclusters) = decode_halves(image, first, second)
             .map_err(|error| image.corrupt(at, format!("the L2 entry of guest offset {guest} {error}")))?;
-        Ok(Mapped { guest, at, entry, subclusters })
+        let mapped = Mapped { guest, at, entry, subclusters };
+        verify_place(image, &mapped)?;
+        Ok(mapped)
     }
 }
 
