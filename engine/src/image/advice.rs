@@ -152,7 +152,7 @@ impl Recorder<'_> {
     pub(super) fn missing(&self, path: &Path) -> Error {
         let recorder = escape_path(self.path);
         let role = match self.role {
-            RecordedRole::File => "as one of its extents",
+            RecordedRole::File => "as one of its files",
             RecordedRole::Target | RecordedRole::Ancestor => "as its backing file",
         };
         let moved = self.record("its new name");

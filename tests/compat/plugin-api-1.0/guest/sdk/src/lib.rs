@@ -29,8 +29,8 @@ pub mod ffi;
 mod held;
 mod holes;
 mod io;
-#[cfg(feature = "memory")]
 mod last_cluster;
+#[cfg(feature = "memory")]
 pub mod memory;
 mod message;
 mod ordered;
@@ -56,8 +56,8 @@ pub use extents::{check_extents, Extents};
 pub use holes::Holes;
 pub use instar_guest_abi as abi;
 pub use io::{BlockIo, IoFailure};
-#[doc(hidden)]
 pub use last_cluster::LastCluster;
+#[doc(hidden)]
 pub use message::log_line;
 pub use ordered::OrderedWriter;
 pub use parent::Parent;
