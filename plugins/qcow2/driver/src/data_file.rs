@@ -9,8 +9,6 @@
 //! in clusters that nothing refers to. Clusters are given back the other way round: no table refers to them any more, *then a
 //! flush*, then they are punched out of the data file. A crash leaves the same.
 
-use crate::image::Image;
-use crate::metadata::l2_entry::Mapped;
 use alloc::format;
 use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode, FileDevice};
 use instar_guest_sdk::{DriverError, DriverResult};
@@ -80,25 +78,5 @@ impl DataFile {
         }
         let text = format!("the data file ends at {} bytes, and {end} are needed: enlarge it", self.max_length);
         Err(DriverError::new(ErrorCode::NoSpace, text).at(self.device, self.max_length))
-    }
-}
-
-/// Refuse an entry that leads to another place of the data file than the cluster's own.
-///
-/// # Errors
-/// Corruption.
-pub(crate) fn verify_place(image: &Image, mapped: &Mapped) -> DriverResult<()> {
-    if image.data.is_none() {
-        return Ok(());
-    }
-    match mapped.entry.host() {
-        Some((offset, _)) if offset.0 != mapped.guest => {
-            let text = format!(
-                "the L2 entry of guest offset {} points to offset {offset} of the data file, where only that guest offset may be",
-                mapped.guest
-            );
-            Err(image.corrupt(mapped.at, text))
-        }
-        _ => Ok(()),
     }
 }

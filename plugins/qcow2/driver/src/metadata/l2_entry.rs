@@ -33,6 +33,26 @@ impl Mapped {
     }
 }
 
+/// Refuse an entry that leads to another place of the data file than the cluster's own ("Standard Cluster Descriptor").
+///
+/// # Errors
+/// Corruption.
+pub(crate) fn verify_place(image: &Image, mapped: &Mapped) -> DriverResult<()> {
+    if image.data.is_none() {
+        return Ok(());
+    }
+    match mapped.entry.host() {
+        Some((offset, _)) if offset.0 != mapped.guest => {
+            let text = format!(
+                "the L2 entry of guest offset {} points to offset {offset} of the data file, where only that guest offset may be",
+                mapped.guest
+            );
+            Err(image.corrupt(mapped.at, text))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Decode an entry of an L2 table, of 8 or of 16 bytes.
 pub(crate) fn decode_entry(image: &Image, raw: &[u8]) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
     let half = |bytes: Option<&[u8]>| bytes.and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes);

@@ -1,8 +1,7 @@
 //! Walking what an image maps, in the order of the guest: each cluster that its L2 tables hold anything of.
 
-use crate::data_file::verify_place;
 use crate::image::{overflow, Image};
-use crate::metadata::l2_entry::{decode_entry, Mapped};
+use crate::metadata::l2_entry::{decode_entry, verify_place, Mapped};
 use crate::metadata::l2_slices::L2Slices;
 use alloc::format;
 use core::ops::Range;

@@ -1,9 +1,8 @@
 //! The tables that map the guest's clusters, as slices that can be changed: the active L1 table and its L2 tables.
 
-use crate::data_file::verify_place;
 use crate::image::Image;
 use crate::metadata::entries::decode_l1;
-use crate::metadata::l2_entry::{decode_halves, Mapped};
+use crate::metadata::l2_entry::{decode_halves, verify_place, Mapped};
 use crate::metadata::slice_cache::SliceCache;
 use alloc::format;
 use alloc::vec::Vec;

@@ -129,7 +129,7 @@ pub(crate) fn subcluster_change(
     };
     let change = |place, fill, old| SubclusterChange { place, fill, old, before, after, written };
     if image.data.is_some() {
-        // It has its place, whoever refers to it: only that is dropped.
+        // It has its place, and keeps it: only the reference goes.
         let here = HostOffset(mapped.guest);
         let held = entry.host().is_some();
         return Some(match after.allocated {
