@@ -32,11 +32,16 @@ def luks_backing(pair):
 
 
 def data_file_overlay(pair):
-    pair.make(top_options={"data_file": pair.dir / "data"}, top=TOP)
+    """It does not say which one it has."""
+    pair.make(top=TOP)
+    image = qcow2_bytes.Image(pair.top)
+    image.set("incompatible", image.get("incompatible") | 4)
 
 
 def data_file_backing(pair):
-    pair.make(base_options={"data_file": pair.dir / "data"}, base=["write -P 9 0 2M"], top=TOP)
+    pair.make(base=["write -P 9 0 2M"], top=TOP)
+    image = qcow2_bytes.Image(pair.base)
+    image.set("incompatible", image.get("incompatible") | 4)
 
 
 def bit(side, field, value):

@@ -8,7 +8,7 @@ pub const fn remedy(code: ErrorCode) -> &'static str {
     match code {
         ErrorCode::UnsupportedFormat => { "Read which format or feature the message names. `instar plugins` lists the formats. Convert the image to one of them with the tool that made it." }
         ErrorCode::NoBacking => { "A Parallels image records no parent: name it with `-b`. Any other image stands alone: there is nothing to commit." }
-        ErrorCode::ExternalDataFile => { "Make a copy that holds its data itself: `instar info` says how." }
+        ErrorCode::ExternalDataFile => { "Read what the message says about the data file. `instar info` shows which one the image names, without opening it." }
         ErrorCode::LuksUnsupported => { "instar has no keys. A LUKS container: open it with `cryptsetup open FILE NAME`, and name /dev/mapper/NAME, with `-f raw`, in its place. Any other image: the program that encrypted it makes a copy without encryption; for qcow and qcow2, the refusal names the command." }
         ErrorCode::BackingTooSmall => { "Enlarge the backing (`instar resize`), or commit with `--resize-backing`." }
         ErrorCode::OverlayLargerThanBacking => { "Add `--resize-backing`, so that the backing grows first." }

@@ -156,7 +156,7 @@ impl Recorder<'_> {
     pub(super) fn missing(&self, path: &Path, allowing: bool) -> Error {
         let recorder = escape_path(self.path);
         let role = match self.role {
-            RecordedRole::File => "as one of its extents",
+            RecordedRole::File => "as one of its files",
             RecordedRole::Target | RecordedRole::Ancestor => "as its backing file",
         };
         let moved = match self.linked().filter(|_| !allowing) {

@@ -122,7 +122,7 @@ fn look(image: &ChainImage<'_>, path: PathBuf) -> Result<ImageInfo, Error> {
     for other in &plugin.files(&opened.file).map_err(|failure| Error::plugin(&path, &failure))? {
         match allocated(&opened.directory, &other.name) {
             Some(size) => actual_size = actual_size.saturating_add(size),
-            None => notes.push(format!("its extent '{}' is not there", escape_bytes(&other.name))),
+            None => notes.push(format!("its file '{}' is not there", escape_bytes(&other.name))),
         }
     }
     let backing_path = facts.backing.as_ref().into_option().and_then(|backing| {

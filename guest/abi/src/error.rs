@@ -46,7 +46,7 @@ error_codes! {
     UnsupportedFormat = 1, ERROR_UNSUPPORTED_FORMAT;
     /// The overlay records no backing file and none was given.
     NoBacking = 2, ERROR_NO_BACKING;
-    /// An external data file on either side.
+    /// An external data file that cannot be used: the image does not name it, or contradicts itself.
     ExternalDataFile = 3, ERROR_EXTERNAL_DATA_FILE;
     /// Encryption on either side.
     LuksUnsupported = 4, ERROR_LUKS_UNSUPPORTED;

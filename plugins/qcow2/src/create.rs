@@ -119,7 +119,7 @@ fn set(options: &mut CreateOptions, name: &str, value: &str) -> Result<(), Strin
             };
         }
         "data_file" | "data_file_raw" => {
-            return Err(format!("an external data file is not supported, in no image: leave {name} out of -o"));
+            return Err(format!("a new image with an external data file is not supported: leave {name} out of -o"));
         }
         _ if name == "encryption" || name.starts_with("encrypt.") => {
             return Err(format!("a new image is not encrypted: leave {} out of -o", name.escape_default()));

@@ -1,10 +1,10 @@
 //! What a header says, in the terms of the plugin contract.
 
-use crate::listed;
+use crate::{data_file, listed};
 use instar_plugin_api::std_types::ROption;
 use instar_plugin_api::{BackingPointer, ErrorCode, Feature, ImageFacts, ImageReader, PluginError};
 use instar_qcow2_format::{
-    autoclear, compatible, header_bytes_needed, incompatible, CompressionType, ExtensionKind, Header, HeaderError,
+    compatible, header_bytes_needed, incompatible, CompressionType, ExtensionKind, Header, HeaderError,
     HeaderErrorKind, Version,
 };
 
@@ -18,6 +18,12 @@ pub mod names {
     pub const ENCRYPTION: &str = "encryption";
     /// Name of the external data file.
     pub const DATA_FILE: &str = "data-file";
+    /// Whether the external data file is a disk of its own, too; absent without one.
+    pub const DATA_FILE_RAW: &str = "data-file-raw";
+    /// Length of the external data file in bytes; absent if it was not opened.
+    pub const DATA_FILE_LENGTH: &str = "data-file-length";
+    /// Why the image cannot be used with its data file, a clause; absent if nothing stands in the way.
+    pub const DATA_FILE_REFUSED: &str = "data-file-refused";
     /// Incompatible feature bits that nothing is known of, as text.
     pub const UNKNOWN_FEATURES: &str = "unknown-incompatible-features";
     /// Width of refcounts in bits.
@@ -35,13 +41,12 @@ pub const NAME_CHARS: usize = 46;
 
 /// Read and parse the header.
 pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
-    let start = image.read_vec(0, 24)?;
-    // At most 2 MiB; what is longer than the file is cut off by the reader. A header with a nonsensical cluster size gets as
-    // far as the check of it.
-    let needed = header_bytes_needed(&start).unwrap_or(LEAST);
-    let bytes = image.read_vec(0, usize::try_from(needed.max(LEAST)).unwrap_or(0))?;
-    let header = Header::parse(&bytes).map_err(|error| refuse(&error))?;
+    let header = header(image)?;
     let mut facts = facts(&header, image.length());
+    if let Some(data_file) = image.file(0) {
+        facts.file_length = facts.file_length.saturating_add(data_file.length());
+        facts.features.push(Feature::number(names::DATA_FILE_LENGTH, data_file.length(), false));
+    }
     facts.snapshots = listed::snapshots(image, &header).into();
     if header.version == Version::V3 {
         let bitmaps = listed::bitmaps(image, &header);
@@ -53,6 +58,16 @@ pub fn read(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {
         facts.bitmaps = ROption::RSome(bitmaps.into());
     }
     Ok(facts)
+}
+
+/// The header of an image.
+pub fn header(image: &ImageReader<'_>) -> Result<Header, PluginError> {
+    let start = image.read_vec(0, 24)?;
+    // At most 2 MiB; what is longer than the file is cut off by the reader. A header with a nonsensical cluster size gets as
+    // far as the check of it.
+    let needed = header_bytes_needed(&start).unwrap_or(LEAST);
+    let bytes = image.read_vec(0, usize::try_from(needed.max(LEAST)).unwrap_or(0))?;
+    Header::parse(&bytes).map_err(|error| refuse(&error))
 }
 
 fn refuse(error: &HeaderError) -> PluginError {
@@ -95,14 +110,17 @@ fn features(header: &Header) -> Vec<Feature> {
         list.push(Feature::flag("lazy-refcounts", header.compatible & compatible::LAZY_REFCOUNTS != 0, true));
     }
     list.push(Feature::number(names::REFCOUNT_BITS, u64::from(header.refcount_order.bits()), true));
+    if header.has(incompatible::DATA_FILE) {
+        let name = data_file::recorded(header).map(String::from_utf8_lossy);
+        list.extend(name.map(|name| Feature::text(names::DATA_FILE, &name, true)));
+        list.push(Feature::flag(names::DATA_FILE_RAW, data_file::is_raw(header), true));
+    }
     if v3 {
         list.push(Feature::flag("corrupt", header.has(incompatible::CORRUPT), true));
         list.push(Feature::flag(names::EXTENDED_L2, header.has(incompatible::EXTENDED_L2), true));
     }
-    if header.has(incompatible::DATA_FILE) {
-        let name = header.extension(ExtensionKind::DataFile).map(|e| String::from_utf8_lossy(&e.data).into_owned());
-        list.push(Feature::text(names::DATA_FILE, &name.unwrap_or_default(), true));
-        list.push(Feature::flag("data-file-raw", header.autoclear & autoclear::DATA_FILE_RAW != 0, true));
+    if let Some(why) = data_file::refusal(header) {
+        list.push(Feature::text(names::DATA_FILE_REFUSED, why, false));
     }
     match header.crypt_method {
         0 => {}

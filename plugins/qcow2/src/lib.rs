@@ -1,13 +1,14 @@
 //! The qcow2 plugin: its host half, which looks at headers, and the bytes of its guest half, which does the work.
 
 mod create;
+mod data_file;
 mod facts;
 mod listed;
 mod verdict;
 
 use instar_plugin_api::{
     export_plugin, BitmapFacts, Context, CreateSpec, CreatedImage, Footprint, FormatPlugin, GuestModule, ImageFacts,
-    ImageReader, PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO,
+    ImageFile, ImageReader, PluginError, Role, Verdict, PROBE_CERTAIN, PROBE_LIKELY, PROBE_NO,
 };
 
 static GUEST_MODULE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/qcow2-module.elf"));
@@ -32,6 +33,10 @@ impl FormatPlugin for Qcow2 {
             [b'Q', b'F', b'I', 0xfb, ..] => PROBE_LIKELY,
             _ => PROBE_NO,
         })
+    }
+
+    fn files(image: &ImageReader<'_>) -> Result<Vec<ImageFile>, PluginError> {
+        facts::header(image).map(|header| data_file::files(&header))
     }
 
     fn facts(image: &ImageReader<'_>) -> Result<ImageFacts, PluginError> {

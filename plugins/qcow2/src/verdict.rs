@@ -19,8 +19,9 @@ pub fn give(role: Role, own: &ImageFacts, context: &Context<'_>) -> Verdict {
         },
         Role::Empty => {
             // Its last cluster may be cut off behind the last byte that is not zero: metadata there is written as a whole.
-            let whole = own.file_length.checked_next_multiple_of(own.cluster_size.max(1)).unwrap_or(0);
+            let whole = image_length(own).checked_next_multiple_of(own.cluster_size.max(1)).unwrap_or(0);
             let length = if own.dirty { repaired(own).unwrap_or(0) } else { whole };
+            let length = length.saturating_add(own.number(names::DATA_FILE_LENGTH).unwrap_or(0));
             Verdict { reason: snapshot_warning(own, context).into(), ..Verdict::supported(length) }
         }
         Role::Read => Verdict { reason: snapshot_warning(own, context).into(), ..Verdict::supported(0) },
@@ -101,9 +102,7 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
         let reason = encryption_refusal(method);
         return Some((ErrorCode::LuksUnsupported, reason));
     }
-    if own.feature(names::DATA_FILE).is_some() {
-        let reason = "an external data file is not supported: copy the image with `qemu-img convert -O qcow2`, and with -B and -F for \
-                      its backing file";
+    if let Some(reason) = own.text(names::DATA_FILE_REFUSED) {
         return Some((ErrorCode::ExternalDataFile, reason.to_owned()));
     }
     if let Some(list) = own.text(names::UNKNOWN_FEATURES) {
@@ -128,6 +127,7 @@ fn refusal(role: Role, own: &ImageFacts) -> Refusal {
 ///   longer ancestors, and the cluster at the old end, each counted apart from those for the overlay's data;
 /// * refcount blocks for everything, themselves included, as if none were there; and the refcount table, which moves
 ///   when it grows, twice as long as needed;
+/// * in a data file, what the disk is longer;
 /// * all that is new once more: a power loss may leave the refcounts of a first attempt, but not the length of the file. Those
 ///   leaks past its end are passed over.
 fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
@@ -135,27 +135,37 @@ fn longest(own: &ImageFacts, incoming: &Incoming) -> Option<u64> {
     let virtual_size = own.virtual_size.max(incoming.virtual_size);
     // Extended entries are twice as long: a table covers half as much.
     let coverage = if own.flag(names::EXTENDED_L2) { cs.l2_coverage() / 2 } else { cs.l2_coverage() };
-    let data = incoming.units(cs.bytes());
+    let arriving = incoming.units(cs.bytes());
+    // In a data file, each cluster has its place.
+    let data_file = own.number(names::DATA_FILE_LENGTH);
+    let data = if data_file.is_some() { 0 } else { arriving };
     let l1_entries = virtual_size.div_ceil(coverage);
     // One more L2 table than entries of L1 cannot be needed; with one for good measure.
-    let tables = data.min(l1_entries.checked_add(1)?);
+    let tables = arriving.min(l1_entries.checked_add(1)?);
     let l1 = cs.count_for(l1_entries.checked_mul(8)?);
-    let of_each = cs.count_for(virtual_size.div_ceil(512).div_ceil(8)).min(data);
+    let of_each = cs.count_for(virtual_size.div_ceil(512).div_ceil(8)).min(arriving);
     let bitmaps = number(own, names::BITMAPS).min(65535).checked_mul(of_each)?;
     let growth = match incoming.virtual_size.saturating_sub(own.virtual_size) {
         0 => 0,
         new => new.div_ceil(coverage).checked_add(l1.checked_mul(3)?)?.checked_add(16)?,
     };
     let new = [data, tables, l1, bitmaps, growth, 2].into_iter().try_fold(0, u64::checked_add)?;
-    let file = cs.count_for(own.file_length);
+    let file = cs.count_for(image_length(own));
     let first = with_refcounts(own, cs, file.checked_add(new)?)?;
-    with_refcounts(own, cs, cs.count_for(first).checked_add(new)?)
+    let longest = with_refcounts(own, cs, cs.count_for(first).checked_add(new)?)?;
+    let Some(data_file) = data_file else { return Some(longest) };
+    longest.checked_add(data_file.max(virtual_size)).filter(|&all| all <= i64::MAX as u64)
+}
+
+/// Length in bytes of the image itself, without its data file.
+fn image_length(own: &ImageFacts) -> u64 {
+    own.file_length.saturating_sub(own.number(names::DATA_FILE_LENGTH).unwrap_or(0))
 }
 
 /// How long the file of an image that is repaired can become, in bytes: refcount blocks may be missing.
 fn repaired(own: &ImageFacts) -> Option<u64> {
     let cs = ClusterSize::from_bits(own.cluster_size.trailing_zeros()).filter(|cs| cs.bytes() == own.cluster_size)?;
-    with_refcounts(own, cs, cs.count_for(own.file_length))
+    with_refcounts(own, cs, cs.count_for(image_length(own)))
 }
 
 /// The length in bytes of a file with this many clusters, and after them all refcount blocks and a refcount table.
@@ -225,7 +235,7 @@ mod tests {
     fn what_the_first_release_does_not_cover_is_named() {
         let plain = image(65536, 262_144, 1 << 30);
         let cases = [
-            (Feature::text("data-file", "x", true), "data file", true, true),
+            (Feature::text("data-file-refused", "its data file", false), "data file", true, true),
             (Feature::text("unknown-incompatible-features", "bit 20 (\"x\")", false), "bit 20 (\"x\")", true, true),
         ];
         for (feature, words, overlay_too, ancestor_too) in cases {

@@ -1,5 +1,6 @@
 //! An open image: its header, verified against what the host saw, and the bounds of its file.
 
+use crate::data_file::DataFile;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
@@ -8,7 +9,7 @@ pub use instar_guest_sdk::overflow;
 use instar_guest_sdk::{checked_end, BlockIo, DriverError, DriverResult};
 use instar_qcow2_format::{
     autoclear, encryption_method, encryption_refusal, incompatible, ClusterSize, ExtensionKind, GuestCluster, Header,
-    HeaderErrorKind, HostCluster, HostOffset, Version, AUTOCLEAR_OFFSET,
+    HeaderErrorKind, HostCluster, HostOffset, L2Entry, Version, AUTOCLEAR_OFFSET,
 };
 
 /// Which role the image is opened for: it decides which side a corruption is reported on.
@@ -32,6 +33,8 @@ pub struct Image {
     /// Whether the image stands on a device that keeps its length, such as a block device. Clusters that are not in use
     /// hold stale bytes there.
     pub fixed_length: bool,
+    /// The file that holds the guest's clusters, if it is another one.
+    pub data: Option<DataFile>,
     /// The header.
     pub header: Header,
     role: Role,
@@ -78,6 +81,7 @@ impl Image {
             file_length: device.file_length,
             max_length: device.max_length,
             fixed_length: device.flags & device_flags::FIXED_LENGTH != 0,
+            data: DataFile::of(&header, device)?,
             header,
             role,
             cache_bytes: device.cache_bytes,
@@ -105,13 +109,22 @@ impl Image {
             let text = encryption_refusal(encryption_method(header.crypt_method));
             return refused(ErrorCode::LuksUnsupported, &text);
         }
-        if header.has(incompatible::DATA_FILE) {
-            return refused(ErrorCode::ExternalDataFile, "the image has an external data file, which is not supported: `qemu-img convert` makes an image that holds its data itself");
-        }
         if header.incompatible & !incompatible::KNOWN != 0 {
             return refused(ErrorCode::UnsupportedFormat, "the image has an unknown incompatible feature");
         }
         Ok(())
+    }
+
+    /// The device that holds the guest's clusters.
+    #[must_use]
+    pub fn data_device(&self) -> u32 {
+        self.data.map_or(self.device, |data| data.device)
+    }
+
+    /// The cluster of this file that an L2 entry refers to, with its COPIED flag: none of an image with a data file.
+    #[must_use]
+    pub fn own_host(&self, entry: L2Entry) -> Option<(HostOffset, bool)> {
+        entry.host().filter(|_| self.data.is_none())
     }
 
     /// Whether the image was not closed cleanly (`lazy_refcounts`): its refcounts and COPIED flags may be wrong.
@@ -124,7 +137,8 @@ impl Image {
     /// extension that this program does not know.
     #[must_use]
     pub fn is_shared(&self) -> bool {
-        let known = |kind| matches!(kind, ExtensionKind::BackingFormat | ExtensionKind::FeatureNames);
+        let known =
+            |kind| matches!(kind, ExtensionKind::BackingFormat | ExtensionKind::FeatureNames | ExtensionKind::DataFile);
         self.header.snapshots != 0 || self.header.extensions.iter().any(|e| !known(e.kind))
     }
 
@@ -145,7 +159,8 @@ impl Image {
     /// # Errors
     /// I/O errors.
     pub fn clear_autoclear(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
-        let kept = self.header.autoclear & autoclear::BITMAPS;
+        let raw = if self.data.is_some() { autoclear::DATA_FILE_RAW } else { 0 };
+        let kept = self.header.autoclear & (autoclear::BITMAPS | raw);
         if self.header.version == Version::V3 && self.header.autoclear != kept {
             io.write(self.device, AUTOCLEAR_OFFSET, &kept.to_be_bytes())?;
             io.flush(self.device)?;

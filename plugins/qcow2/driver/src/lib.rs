@@ -5,6 +5,7 @@
 //! From the ground up, each on those before it:
 //!
 //! * [`image`]: an open image: header, features, bounds;
+//! * `data_file`: the file that holds the guest's clusters, of an image that has one;
 //! * `metadata`: tables and their entries, and all structures of the file;
 //! * [`refcount`]: refcounts, and the allocation of clusters;
 //! * `references`: references to clusters, counted: what refcounts should say;
@@ -22,6 +23,7 @@ extern crate alloc;
 
 mod bitmaps;
 mod check;
+mod data_file;
 mod empty;
 mod grow;
 pub mod image;
@@ -38,8 +40,8 @@ mod testing;
 mod write;
 
 use image::{Image, Role};
-use instar_guest_sdk::abi::{device_flags, DeviceConfig};
-use instar_guest_sdk::{BlockIo, DriverResult, FormatDriver};
+use instar_guest_sdk::abi::{device_flags, DeviceConfig, ErrorCode};
+use instar_guest_sdk::{BlockIo, DriverError, DriverResult, FormatDriver};
 use metadata::snapshot_table::snapshot_view;
 
 pub use sink::Qcow2Sink;
@@ -63,6 +65,11 @@ impl FormatDriver for Qcow2 {
 
     fn open_sink(io: &mut dyn BlockIo, device: &DeviceConfig, has_backing: bool) -> DriverResult<Self::Sink> {
         let compresses = device.flags & device_flags::COMPRESS != 0;
-        Ok(Qcow2Sink::new(Image::open(io, device, Role::Sink)?, has_backing, compresses))
+        let image = Image::open(io, device, Role::Sink)?;
+        if compresses && image.data.is_some() {
+            let text = "the clusters of an external data file cannot be compressed: leave out -c";
+            return Err(DriverError::new(ErrorCode::ExternalDataFile, text).at(device.device, 72));
+        }
+        Ok(Qcow2Sink::new(image, has_backing, compresses))
     }
 }

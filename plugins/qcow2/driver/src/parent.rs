@@ -24,6 +24,11 @@ impl ParentChange {
     /// [`ErrorCode::UnsupportedFormat`] if it cannot, corruption, I/O errors.
     pub fn plan(io: &mut dyn BlockIo, image: &Image, parent: Option<&Parent<'_>>) -> DriverResult<Self> {
         image.refuse_unwritable()?;
+        if parent.is_some() && image.data.is_some_and(|data| data.raw) {
+            let text =
+                "its data file is to be read without it (data_file_raw), which a backing file would make impossible";
+            return Err(DriverError::new(ErrorCode::ExternalDataFile, text).at(image.device, 88));
+        }
         let cluster = usize::try_from(image.cluster_size().bytes()).map_err(|_| overflow("the size of a cluster"))?;
         let mut before = vec![0; cluster];
         io.read(image.device, 0, &mut before)?;

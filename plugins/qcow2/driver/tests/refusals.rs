@@ -161,7 +161,8 @@ fn truncated_files() {
 fn features_that_are_not_supported_yet() {
     type Edit = fn(&mut Vec<u8>);
     let cases: [(Edit, ErrorCode, &str); 4] = [
-        (|b| put!(b, 72, 4), ErrorCode::ExternalDataFile, "external data file"),
+        // The host saw no other file.
+        (|b| put!(b, 72, 4), ErrorCode::HeaderMismatch, "another data file"),
         (|b| put!(b, 72, 1 << 50), ErrorCode::UnsupportedFormat, "unknown incompatible"),
         (|b| b[35] = 2, ErrorCode::LuksUnsupported, "encrypted"),
         (|b| b[35] = 1, ErrorCode::LuksUnsupported, "encrypted"),

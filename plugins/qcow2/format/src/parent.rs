@@ -7,7 +7,7 @@
 
 use crate::extension::ExtensionKind;
 use crate::header::{Header, Version, AUTOCLEAR_OFFSET, MAX_BACKING_NAME};
-use crate::{autoclear, Extension};
+use crate::{autoclear, incompatible, Extension};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -146,7 +146,8 @@ pub fn parent_steps(first: &[u8], header: &Header, parent: Option<(&[u8], &[u8])
     let mut before = first.get(..prefix).ok_or_else(damaged)?.to_vec();
     if header.version == Version::V3 {
         let at = usize::try_from(AUTOCLEAR_OFFSET).unwrap_or(0);
-        let kept = header.autoclear & autoclear::BITMAPS;
+        let raw = if header.has(incompatible::DATA_FILE) { autoclear::DATA_FILE_RAW } else { 0 };
+        let kept = header.autoclear & (autoclear::BITMAPS | raw);
         before.get_mut(at..at + 8).ok_or_else(damaged)?.copy_from_slice(&kept.to_be_bytes());
     }
 

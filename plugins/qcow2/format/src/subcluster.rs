@@ -28,7 +28,18 @@ impl Subclusters {
     /// offset.
     pub fn decode(entry: u64, bitmap: u64, size: ClusterSize) -> Result<(L2Entry, Option<Self>), EntryError> {
         // Version 2 is what tells the standard decoder that bit 0 is reserved.
-        let standard = L2Entry::decode(entry, size, Version::V2)?;
+        Self::of(L2Entry::decode(entry, size, Version::V2)?, bitmap, size)
+    }
+
+    /// Decode an extended entry of an image with an external data file; see [`L2Entry::decode_outside`].
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode), and for compressed clusters.
+    pub fn decode_outside(entry: u64, bitmap: u64, size: ClusterSize) -> Result<(L2Entry, Option<Self>), EntryError> {
+        Self::of(L2Entry::decode_outside(entry, size, Version::V2)?, bitmap, size)
+    }
+
+    fn of(standard: L2Entry, bitmap: u64, size: ClusterSize) -> Result<(L2Entry, Option<Self>), EntryError> {
         let [allocated, zero] = [bitmap & 0xffff_ffff, bitmap >> 32].map(|half| u32::try_from(half).unwrap_or(0));
         if size.bits() < MIN_BITS || allocated & zero != 0 {
             return Err(EntryError::Subclusters(bitmap));

@@ -23,6 +23,8 @@ pub enum EntryError {
     OwnsNothing,
     /// The COPIED flag claims a compressed cluster, which others may share.
     OwnsCompressed,
+    /// A compressed cluster in an image whose clusters stand in another file.
+    CompressedOutside,
     /// The bitmap of subclusters contradicts itself, or the offset.
     Subclusters(u64),
 }
@@ -35,6 +37,7 @@ impl fmt::Display for EntryError {
             Self::OwnsNothing => write!(f, "claims a cluster (COPIED) but points to none"),
             Self::Subclusters(bitmap) => write!(f, "has an impossible bitmap of subclusters (0x{bitmap:x})"),
             Self::OwnsCompressed => write!(f, "claims a compressed cluster (COPIED)"),
+            Self::CompressedOutside => write!(f, "is of a compressed cluster, which an external data file cannot hold"),
         }
     }
 }
@@ -141,6 +144,19 @@ impl L2Entry {
             (false, 0) => Self::Unallocated,
             (false, _) => Self::Data { offset, copied },
         })
+    }
+
+    /// Decode an entry of an image with an external data file. There, offset 0 with COPIED is the first cluster of the disk
+    /// ("Standard Cluster Descriptor").
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode), and for compressed clusters.
+    pub fn decode_outside(raw: u64, size: ClusterSize, version: Version) -> Result<Self, EntryError> {
+        match Self::decode(raw, size, version) {
+            Err(EntryError::OwnsNothing) => Ok(Self::Data { offset: HostOffset(0), copied: true }),
+            Ok(Self::Compressed { .. }) | Err(EntryError::OwnsCompressed) => Err(EntryError::CompressedOutside),
+            decoded => decoded,
+        }
     }
 
     /// Encode an entry.

@@ -55,6 +55,8 @@ pub struct Spec {
     pub cut: bool,
     /// L2 entries of 16 bytes.
     pub extended: bool,
+    /// Clusters stand in a data file: see [`build_outside`].
+    pub outside: bool,
 }
 
 impl Spec {
@@ -75,6 +77,7 @@ impl Spec {
             bitmaps: Vec::new(),
             cut: false,
             extended: false,
+            outside: false,
         }
     }
 
@@ -148,6 +151,21 @@ impl File {
     }
 }
 
+/// Build an image and its data file, which is as long as the disk; what no entry refers to is stale there, unless it is `raw`.
+pub fn build_outside(spec: &Spec, raw: bool) -> [Vec<u8>; 2] {
+    let size = 1usize << spec.cluster_bits;
+    let mut data = vec![if raw { 0 } else { 0xd5 }; spec.virtual_size as usize];
+    for (&guest, &state) in &spec.clusters {
+        let (State::Data(seed) | State::Mixed(seed, ..) | State::ZeroAllocated(seed)) = state else { continue };
+        let start = guest as usize * size;
+        let part = &mut data[start..];
+        let length = part.len().min(size);
+        part[..length].copy_from_slice(&pattern(seed, guest, size)[..length]);
+    }
+    let autoclear = spec.autoclear | if raw { 2 } else { 0 };
+    [build(&Spec { outside: true, autoclear, ..spec.clone() }), data]
+}
+
 /// Build the image. Panics if the specification contradicts itself.
 pub fn build(spec: &Spec) -> Vec<u8> {
     let size = 1usize << spec.cluster_bits;
@@ -188,6 +206,8 @@ pub fn build(spec: &Spec) -> Vec<u8> {
         };
         let flag = u64::from(!spec.extended);
         let entry = match state {
+            State::Data(_) | State::Mixed(..) if spec.outside => guest << spec.cluster_bits | owned,
+            State::ZeroAllocated(_) if spec.outside => guest << spec.cluster_bits | owned | flag,
             State::Data(seed) | State::Mixed(seed, ..) => {
                 let at = file.allocate(1);
                 file.put(at, &pattern(seed, guest, size));
@@ -259,11 +279,16 @@ pub fn build(spec: &Spec) -> Vec<u8> {
     head.extend((spec.snapshots as u32).to_be_bytes());
     head.extend((snapshot_table as u64).to_be_bytes());
     if spec.version == 3 {
-        head.extend((u64::from(spec.extended) << 4).to_be_bytes());
+        head.extend((u64::from(spec.extended) << 4 | u64::from(spec.outside) << 2).to_be_bytes());
         head.extend([0; 8]);
         head.extend(spec.autoclear.to_be_bytes());
         head.extend(spec.refcount_order.to_be_bytes());
         head.extend(104u32.to_be_bytes());
+    }
+    if spec.outside {
+        head.extend(0x4441_5441u32.to_be_bytes());
+        head.extend(4u32.to_be_bytes());
+        head.extend(b"data\0\0\0\0");
     }
     if let Some((at, length)) = directory {
         head.extend(0x2385_2875u32.to_be_bytes());

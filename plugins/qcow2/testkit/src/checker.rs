@@ -57,6 +57,12 @@ pub fn content(bytes: &[u8], below: Option<&[u8]>) -> Vec<u8> {
     content_of(&view, view.entries(), below)
 }
 
+/// Guest-visible bytes of an image with this data file over what lies below it.
+pub fn content_outside(bytes: &[u8], data: &[u8], below: Option<&[u8]>) -> Vec<u8> {
+    let view = View { data: Some(data), ..View::new(bytes) };
+    content_of(&view, view.entries(), below)
+}
+
 fn content_of(view: &View<'_>, entries: Vec<(u64, u64, u64)>, below: Option<&[u8]>) -> Vec<u8> {
     let bytes = view.bytes;
     let mut disk = padded(below.unwrap_or_default(), view.virtual_size as usize);
@@ -79,7 +85,8 @@ fn content_of(view: &View<'_>, entries: Vec<(u64, u64, u64)>, below: Option<&[u8
             if bitmap >> (32 + subcluster) & 1 != 0 {
                 part.fill(0);
             } else if bitmap >> subcluster & 1 != 0 {
-                copy_padded(part, bytes.get(host + subcluster * subcluster_size..).unwrap_or_default());
+                let held = view.data.unwrap_or(bytes);
+                copy_padded(part, held.get(host + subcluster * subcluster_size..).unwrap_or_default());
             }
         }
     }
@@ -101,7 +108,7 @@ fn is_wrong(entry: u64, bitmap: u64) -> bool {
         return bitmap != 0;
     }
     let (zero, allocated) = (bitmap >> 32, bitmap & 0xffff_ffff);
-    zero & allocated != 0 || (entry & OFFSET == 0 && allocated != 0) || entry & 1 != 0
+    zero & allocated != 0 || (entry & (OFFSET | 1 << 63) == 0 && allocated != 0) || entry & 1 != 0
 }
 
 /// What `qemu-img check` would say: references against refcounts, COPIED flags, bounds, alignment.
@@ -154,6 +161,11 @@ pub fn check(bytes: &[u8]) -> Report {
             }
             if entry >> 63 == 1 || end - 512 >= bytes.len() as u64 {
                 report.errors.push(format!("compressed guest cluster {guest}"));
+            }
+        } else if view.outside() {
+            let is_host = host != 0 || entry >> 63 == 1;
+            if is_host && (host != guest << view.bits || entry >> 63 == 0) {
+                report.errors.push(format!("guest cluster {guest} in the data file"));
             }
         } else if host != 0 {
             refer(host, view.size, &mut report, "data");

@@ -15,6 +15,8 @@ pub struct View<'a> {
     pub size: u64,
     /// Bytes of the disk.
     pub virtual_size: u64,
+    /// The data file, where clusters stand in one.
+    pub data: Option<&'a [u8]>,
 }
 
 impl<'a> View<'a> {
@@ -22,7 +24,7 @@ impl<'a> View<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
         assert_eq!(&bytes[..4], b"QFI\xfb");
         let bits = be32(bytes, 20);
-        Self { bytes, bits, size: 1 << bits, virtual_size: be64(bytes, 24) }
+        Self { bytes, bits, size: 1 << bits, virtual_size: be64(bytes, 24), data: None }
     }
 
     pub(crate) fn entry(&self, at: u64) -> u64 {
@@ -72,6 +74,11 @@ impl<'a> View<'a> {
         (first, (first / 512 + sectors + 1) * 512)
     }
 
+    /// Whether clusters stand in a data file.
+    pub fn outside(&self) -> bool {
+        be32(self.bytes, 4) == 3 && be64(self.bytes, 72) & 4 != 0
+    }
+
     /// Whether L2 entries have 16 bytes.
     pub fn extended(&self) -> bool {
         be32(self.bytes, 4) == 3 && be64(self.bytes, 72) & 16 != 0
@@ -98,7 +105,7 @@ impl<'a> View<'a> {
                 let bitmap = match (width, entry & OFFSET) {
                     (16, _) => self.entry(table + i * width + 8),
                     _ if entry & 1 != 0 => 0xffff_ffff << 32,
-                    (_, 0) => 0,
+                    (_, 0) if !self.outside() || entry >> 63 == 0 => 0,
                     _ => 0xffff_ffff,
                 };
                 if entry != 0 || bitmap != 0 {

@@ -97,5 +97,5 @@ fn is_readable(image: &Image, metadata: Option<&MetadataMap>, first: u64, second
         let range = CompressedRange::decode(descriptor, image.cluster_size());
         return image.holds_bytes(range.last_sector(), 1) && is_data(range.offset) && is_data(range.last_sector());
     }
-    entry.host().is_none_or(|(offset, _)| image.holds_cluster(offset) && is_data(offset))
+    image.own_host(entry).is_none_or(|(offset, _)| image.holds_cluster(offset) && is_data(offset))
 }

@@ -189,6 +189,10 @@ impl Comparison for Correction<'_> {
 impl FlagCheck for Correction<'_> {
     /// COPIED says that the refcount is 1. What another pass counts is of no concern here.
     fn wants(&mut self, entry: &FlaggedEntry) -> bool {
+        if entry.outside {
+            // Once.
+            return !entry.copied && self.counts.range().0 == 0;
+        }
         self.counts.get(entry.cluster).is_some_and(|count| entry.copied != (count == 1))
     }
 

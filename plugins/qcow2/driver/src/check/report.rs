@@ -166,8 +166,17 @@ impl FlagCheck for Examiner<'_> {
         let what = if level == Level::L1 { "L2 table" } else { "data cluster" };
         self.refcounts.table.shrink(CLUSTERS_PER_LOAD);
         self.refcounts.blocks.shrink(CLUSTERS_PER_LOAD / 16);
-        self.refcounts.load(io, self.image, entries.iter().map(|entry| entry.cluster))?;
-        for FlaggedEntry { cluster, copied, at } in entries {
+        let counted = entries.iter().filter(|entry| !entry.outside);
+        self.refcounts.load(io, self.image, counted.map(|entry| entry.cluster))?;
+        for FlaggedEntry { cluster, copied, at, outside } in entries {
+            if *outside {
+                if !copied {
+                    self.corruption(format!(
+                        "COPIED is not set in the entry at offset {at} for a cluster of the data file"
+                    ));
+                }
+                continue;
+            }
             let refcount = self.refcounts.get(self.image, *cluster)?;
             if level == Level::L2 && !self.active.insert(*cluster) {
                 let offset = self.image.cluster_size().host_offset(*cluster).unwrap_or_default();

@@ -177,7 +177,7 @@ impl Verifier<'_> {
             if let L2Entry::Compressed { descriptor } = entry {
                 add_compressed(image, seen, guest, at, descriptor)?;
             }
-            if let Some((offset, _)) = entry.host() {
+            if let Some((offset, _)) = image.own_host(entry) {
                 if !image.holds_cluster(offset) {
                     let text = format!(
                         "an L2 entry past the end of the disk points to offset {offset}, which is not in the file"
@@ -219,7 +219,7 @@ impl Verifier<'_> {
                 }
             }
             clusters += 1;
-            if let Some((offset, _)) = entry.host() {
+            if let Some((offset, _)) = image.own_host(entry) {
                 let needed = mapped.data_end(image);
                 if !image.holds_cluster(offset) || !image.holds_bytes(offset, needed) {
                     return Err(image.corrupt(

@@ -8,6 +8,7 @@
 //!    [`repair`](crate::check::repair).
 //! 2. The L1 table is zeroed, *then a flush*. Any part of it may be durable before the rest: what is unmapped
 //!    reads from the backing, what is mapped still has its clusters.
+//!    What a data file holds is punched out then, *with a flush* of it. It keeps its length.
 //! 3. Refcount blocks that only describe clusters that are free now go from the refcount table, *then a
 //!    flush*; in rounds, so that a block that describes another one goes after that. Nothing refers to those
 //!    clusters any more: a crash leaves leaks.
@@ -57,11 +58,13 @@ pub(crate) fn empty(
     }
     if emptying.image.is_shared() {
         emptying.empty_shared(io)?;
+        emptying.punch_data_file(io)?;
         return emptying.trim_shared(io);
     }
     if clusters > 0 || emptying.holds_tables(io)? {
         emptying.zero_l1(io)?;
     }
+    emptying.punch_data_file(io)?;
     let image = emptying.image.clone();
     let mut table = BlockTable::new(&image);
     let mut needed = table.none();
@@ -101,6 +104,16 @@ impl Emptying<'_> {
         }
         requests.push(Request::flush(self.image.device));
         io.run(&mut requests)
+    }
+
+    /// Give back what the data file holds, which nothing refers to any more, durably; it keeps its length.
+    fn punch_data_file(&self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        match self.image.data {
+            Some(data) if data.file_length > 0 => {
+                io.run(&mut [Request::discard(data.device, 0, data.file_length), Request::flush(data.device)])
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Add the blocks that describe what stays in use whatever happens: header, refcount table and L1 table.

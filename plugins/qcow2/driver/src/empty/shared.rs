@@ -85,7 +85,7 @@ impl Emptying<'_> {
                 if let L2Entry::Compressed { descriptor } = entry {
                     clusters.extend(CompressedRange::decode(descriptor, size).host_clusters(size));
                 }
-                clusters.extend(entry.host().map(|(offset, _)| size.host_cluster(offset)));
+                clusters.extend(image.own_host(entry).map(|(offset, _)| size.host_cluster(offset)));
             }
             refcounts.release(io, image, clusters)?;
         }

@@ -18,6 +18,7 @@
 //!    step 6.
 //! 4. What must not come to light becomes zero, in the order of [`window`](crate::write::window), *then a flush*. It lies
 //!    past the end of the virtual disk: no guest sees any of it, and nothing but zero clusters is ever mapped there.
+//!    A data file becomes as long as the disk, if it is shorter, as for QEMU; one that is raw is zeroed from the old end on.
 //! 5. The virtual size (8 bytes within one sector), *then a flush*. A crash before it leaves a backing of the old size,
 //!    and running again, with growth allowed, does all this again; after it, one of the new size that reads zeroes past
 //!    the old one, as the overlay saw it before.
@@ -61,6 +62,8 @@ pub(crate) struct Growth {
     bitmaps: BitmapTables,
     /// Guest bytes that must become zero.
     zeroes: Option<Extent>,
+    /// Bytes of the disk before.
+    old: u64,
 }
 
 impl Growth {
@@ -98,9 +101,12 @@ impl Growth {
         if plan.needs.runs > 0 {
             plan.needs.run_span = find_room(io, backing, plan.needs.runs)?;
         }
+        if let Some(data) = backing.image.data.filter(|data| data.raw) {
+            data.refuse_too_long(size)?;
+        }
         backing.image.header.virtual_size = size;
         let zeroes = plan_zeroes(io, backing, plan, old, below)?;
-        Ok(Self { set_length, l1, bitmaps, zeroes })
+        Ok(Self { set_length, l1, bitmaps, zeroes, old })
     }
 
     /// Grow: the steps at the top of this module. Durable when it returns, but for what is released.
@@ -130,12 +136,28 @@ impl Growth {
                 write_window(io, backing, window, below)?;
             }
         }
+        lengthen_data_file(io, backing, self.old)?;
         backing.flush(io)?;
         // Step 5.
         backing.write_field(io, VIRTUAL_SIZE_FIELD, &backing.image.header.virtual_size.to_be_bytes())?;
         // Step 6.
         self.bitmaps.release_old(io, backing)
     }
+}
+
+/// A data file is as long as the disk at least, and reads as zeroes past the `old` end if it is to be read by itself.
+fn lengthen_data_file(io: &mut dyn BlockIo, backing: &mut Backing, old: u64) -> DriverResult<()> {
+    let Some(data) = backing.image.data else { return Ok(()) };
+    let size = backing.image.header.virtual_size;
+    let stale = if data.raw { data.held(old, size.saturating_sub(old)) } else { 0 };
+    if stale > 0 {
+        backing.data_out.zero(io, old, stale)?;
+    }
+    if data.file_length < size && size <= data.max_length && !data.fixed_length {
+        backing.writes_data(size);
+        backing.data_out.set_length(io, size)?;
+    }
+    Ok(())
 }
 
 /// What can be refused without a look at the mapping.

@@ -47,6 +47,26 @@ impl Mapped {
     }
 }
 
+/// Refuse an entry that leads to another place of the data file than the cluster's own ("Standard Cluster Descriptor").
+///
+/// # Errors
+/// Corruption.
+pub(crate) fn verify_place(image: &Image, mapped: &Mapped) -> DriverResult<()> {
+    if image.data.is_none() {
+        return Ok(());
+    }
+    match mapped.entry.host() {
+        Some((offset, _)) if offset.0 != mapped.guest => {
+            let text = format!(
+                "the L2 entry of guest offset {} points to offset {offset} of the data file, where only that guest offset may be",
+                mapped.guest
+            );
+            Err(image.corrupt(mapped.at, text))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Decode an entry of an L2 table, of 8 or of 16 bytes.
 pub(crate) fn decode_entry(image: &Image, raw: &[u8]) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
     let half = |bytes: Option<&[u8]>| bytes.and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes);
@@ -59,10 +79,17 @@ pub(crate) fn decode_halves(
     entry: u64,
     bitmap: u64,
 ) -> Result<(L2Entry, Option<Subclusters>), EntryError> {
-    if image.header.has(incompatible::EXTENDED_L2) {
-        return Subclusters::decode(entry, bitmap, image.cluster_size());
+    let (size, version) = (image.cluster_size(), image.header.version);
+    if image.data.is_some() {
+        if image.header.has(incompatible::EXTENDED_L2) {
+            return Subclusters::decode_outside(entry, bitmap, size);
+        }
+        return L2Entry::decode_outside(entry, size, version).map(|entry| (entry, None));
     }
-    L2Entry::decode(entry, image.cluster_size(), image.header.version).map(|entry| (entry, None))
+    if image.header.has(incompatible::EXTENDED_L2) {
+        return Subclusters::decode(entry, bitmap, size);
+    }
+    L2Entry::decode(entry, size, version).map(|entry| (entry, None))
 }
 
 /// Where a compressed cluster is, verified to lie in the file; only its last sector may be cut off.

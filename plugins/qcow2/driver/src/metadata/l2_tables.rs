@@ -142,6 +142,10 @@ impl L2Tables {
 /// Where that begins which an entry refers to, and the clusters that it touches.
 fn clusters_of(image: &Image, entry: L2Entry) -> Option<(HostOffset, ClusterRun)> {
     let size = image.cluster_size();
+    if image.data.is_some() {
+        // They stand in another file, and nothing counts them.
+        return None;
+    }
     if let L2Entry::Compressed { descriptor } = entry {
         let range = CompressedRange::decode(descriptor, size);
         let start = size.host_cluster(range.offset);

@@ -1,7 +1,7 @@
 //! Walking what an image maps, in the order of the guest: each cluster that its L2 tables hold anything of.
 
 use crate::image::{overflow, Image};
-use crate::metadata::l2_entry::{decode_entry, Mapped};
+use crate::metadata::l2_entry::{decode_entry, verify_place, Mapped};
 use crate::metadata::l2_slices::L2Slices;
 use alloc::format;
 use core::ops::Range;
@@ -59,6 +59,7 @@ impl MappedClusters {
                 let (entry, subclusters) = decode_entry(image, raw)
                     .map_err(|error| image.corrupt(at, format!("the L2 entry of guest offset {guest} {error}")))?;
                 let mapped = Mapped { guest, at, entry, subclusters };
+                verify_place(image, &mapped)?;
                 if entry != L2Entry::Unallocated && !each(mapped)? {
                     return Ok(());
                 }

@@ -2,7 +2,7 @@
 
 use crate::image::Image;
 use crate::metadata::entries::decode_l1;
-use crate::metadata::l2_entry::{decode_halves, Mapped};
+use crate::metadata::l2_entry::{decode_halves, verify_place, Mapped};
 use crate::metadata::slice_cache::SliceCache;
 use alloc::format;
 use alloc::vec::Vec;
@@ -111,7 +111,9 @@ impl Mapping {
         let second = if image.header.has(incompatible::EXTENDED_L2) { self.l2.entry(at + 8)? } else { 0 };
         let (entry, subclusters) = decode_halves(image, first, second)
             .map_err(|error| image.corrupt(at, format!("the L2 entry of guest offset {guest} {error}")))?;
-        Ok(Mapped { guest, at, entry, subclusters })
+        let mapped = Mapped { guest, at, entry, subclusters };
+        verify_place(image, &mapped)?;
+        Ok(mapped)
     }
 }
 

@@ -145,6 +145,8 @@ pub(crate) struct FlaggedEntry {
     pub(crate) copied: bool,
     /// Byte offset in the file.
     pub(crate) at: u64,
+    /// The cluster is one of the data file: nothing counts it, and the flag is set.
+    pub(crate) outside: bool,
 }
 
 /// Which tables entries are of.
@@ -187,7 +189,7 @@ pub(crate) fn check_copied_flags(
         let part = entries.saturating_sub(first).min(L1_ENTRIES);
         let (mut wanted, place) = (Vec::new(), HostOffset(l1.0.saturating_add(first.saturating_mul(8))));
         scan_l1_flags(io, image, place, part, &mut |_, at, table, copied| {
-            let entry = FlaggedEntry { cluster: image.host_cluster(table), copied, at };
+            let entry = FlaggedEntry { cluster: image.host_cluster(table), copied, at, outside: false };
             if check.wants(&entry) {
                 wanted.push(entry);
             }
@@ -208,7 +210,8 @@ pub(crate) fn check_copied_flags(
             }
             check.mapped(&mapped);
             if let Some((offset, copied)) = mapped.entry.host() {
-                let entry = FlaggedEntry { cluster: image.host_cluster(offset), copied, at: mapped.at };
+                let (cluster, outside) = (image.host_cluster(offset), image.data.is_some());
+                let entry = FlaggedEntry { cluster, copied, at: mapped.at, outside };
                 if check.wants(&entry) {
                     batch.push(entry);
                 }

@@ -98,7 +98,7 @@ impl Dropped {
                 first.get_or_insert(guest);
                 if let L2Entry::Compressed { descriptor } = entry {
                     clusters.extend(compressed_range(old, guest, at, descriptor)?.host_clusters(size));
-                } else if let Some((offset, _)) = entry.host() {
+                } else if let Some((offset, _)) = old.own_host(entry) {
                     if !old.holds_cluster(offset) {
                         let text = format!("guest offset {guest} points to offset {offset}, past the end of the file");
                         return Err(old.corrupt(at, text));

@@ -15,7 +15,7 @@
 //!    and so their data. A crash leaves leaks.
 //! 4. The rest of the last cluster becomes zero, where the image owns it alone. It lies past the end of the disk: no guest sees
 //!    it. [`grow`](crate::grow) does not rely on it; other programs may.
-//! 5. *A flush*, then the file is cut behind the last cluster that is in use. A crash leaves leaks, some of them perhaps past the
+//! 5. *A flush*, then the data file, if there is one, is cut behind the disk, and the file behind the last cluster that is in use. A crash leaves leaks, some of them perhaps past the
 //!    end of the file.
 
 mod dropped;
@@ -135,11 +135,27 @@ impl Shrink {
         backing.release(io, clusters)?;
         // Step 4.
         if let Some((at, length)) = self.rest {
-            backing.out.zero(io, at.0, length)?;
+            let length = backing.image.data.map_or(length, |data| data.held(at.0, length));
+            if length > 0 {
+                backing.data_out().zero(io, at.0, length)?;
+            }
         }
         // Step 5.
         backing.flush(io)?;
+        cut_data_file(io, backing)?;
         cut_file(io, backing)
+    }
+}
+
+/// Cut the data file behind the disk, as QEMU does. Nothing refers to what lies there.
+fn cut_data_file(io: &mut dyn BlockIo, backing: &mut Backing) -> DriverResult<()> {
+    let size = backing.image.header.virtual_size;
+    match &mut backing.image.data {
+        Some(data) if data.file_length > size && !data.fixed_length => {
+            data.file_length = size;
+            backing.data_out.set_length(io, size)
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is to be done with a cluster of a backing.
 
+use crate::data_file::DataFile;
 use crate::image::Image;
 use crate::metadata::l2_entry::Mapped;
 use crate::write::cluster_extent::ClusterExtent;
@@ -16,6 +17,8 @@ pub(crate) enum Action {
     InPlace(HostOffset),
     /// Write into the cluster that is kept for a zero cluster: its stale bytes must go, then its zero flag.
     Revive(HostOffset),
+    /// Write all of a cluster of the data file: what does not arrive comes from below the image.
+    CopyUp(HostOffset),
     /// Allocate a cluster, and drop one reference to what was there.
     Allocate(Fill, Old),
     /// Make it a zero cluster (or an unallocated one, if `false`), and drop one reference to what was there.
@@ -34,7 +37,7 @@ impl Action {
     pub(crate) fn remaps(&self) -> bool {
         match self {
             Self::Nothing | Self::InPlace(_) => false,
-            Self::Revive(_) | Self::Allocate(..) | Self::MakeZero(..) => true,
+            Self::Revive(_) | Self::CopyUp(_) | Self::Allocate(..) | Self::MakeZero(..) => true,
             Self::Subclusters(change) => change.remaps(),
         }
     }
@@ -43,7 +46,7 @@ impl Action {
     pub(crate) fn brings_data(&self) -> bool {
         match self {
             Self::Nothing | Self::MakeZero(..) => false,
-            Self::InPlace(_) | Self::Revive(_) | Self::Allocate(..) => true,
+            Self::InPlace(_) | Self::Revive(_) | Self::CopyUp(_) | Self::Allocate(..) => true,
             Self::Subclusters(change) => change.written != 0,
         }
     }
@@ -74,6 +77,9 @@ pub(crate) fn action(image: &Image, has_backing: bool, extents: &[ClusterExtent]
     let zero_flag = image.header.version == Version::V3;
     // A zero cluster can be had without writing zeroes: by the flag, or by falling through to nothing.
     let can_be_zero = all_zero && whole && (zero_flag || !has_backing);
+    if let Some(data) = &image.data {
+        return outside(data, has_backing, (all_zero, whole), mapped);
+    }
     match entry {
         L2Entry::Data { offset, .. } if can_be_zero => Action::MakeZero(zero_flag, Old::Cluster(offset)),
         L2Entry::Data { offset, copied: true } => Action::InPlace(offset),
@@ -92,6 +98,21 @@ pub(crate) fn action(image: &Image, has_backing: bool, extents: &[ClusterExtent]
             let fill = if whole { Fill::Zero } else { Fill::Compressed(descriptor) };
             Action::Allocate(fill, Old::Compressed(descriptor))
         }
+    }
+}
+
+/// The same of a cluster that has its place in the data file, whatever it holds there. A raw one gets zeroes as well as the
+/// flag's meaning: it reads as the disk does. (It has no backing file.)
+fn outside(data: &DataFile, has_backing: bool, (all_zero, whole): (bool, bool), mapped: &Mapped) -> Action {
+    let here = HostOffset(mapped.guest);
+    match mapped.entry {
+        L2Entry::Data { .. } if all_zero && whole && !data.raw => Action::MakeZero(true, Old::Cluster(here)),
+        L2Entry::Data { .. } => Action::InPlace(here),
+        L2Entry::Zero { .. } if all_zero => Action::Nothing,
+        L2Entry::Unallocated if all_zero && !has_backing => Action::Nothing,
+        L2Entry::Unallocated if all_zero && whole => Action::MakeZero(true, Old::Nothing),
+        L2Entry::Unallocated if has_backing && !whole => Action::CopyUp(here),
+        L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Compressed { .. } => Action::Revive(here),
     }
 }
 

@@ -9,7 +9,7 @@ use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult, OrderedWriter};
-use instar_qcow2_format::HostCluster;
+use instar_qcow2_format::{GuestCluster, HostCluster};
 
 /// The image that data goes into, in parts that know nothing of each other.
 pub(crate) struct Backing {
@@ -20,6 +20,8 @@ pub(crate) struct Backing {
     pub(crate) compresses: bool,
     /// What writes to its device, and knows whether a flush is due.
     pub(crate) out: OrderedWriter,
+    /// The same of the data file, if there is one.
+    pub(crate) data_out: OrderedWriter,
     pub(crate) mapping: Mapping,
     pub(crate) space: Space,
     pub(crate) compressed: CompressedReader,
@@ -34,6 +36,7 @@ impl Backing {
             space: Space::new(&image),
             compressed: CompressedReader::default(),
             out: OrderedWriter::new(image.device),
+            data_out: OrderedWriter::new(image.data_device()),
             opened_length: image.file_length,
             has_backing,
             compresses: false,
@@ -48,7 +51,41 @@ impl Backing {
 
     /// Flush, if anything was written since the last flush.
     pub(crate) fn flush(&mut self, io: &mut dyn BlockIo) -> DriverResult<()> {
+        self.data_out.barrier(io)?;
         self.out.barrier(io)
+    }
+
+    /// What writes the guest's clusters: to this file, or to the data file.
+    pub(crate) fn data_out(&mut self) -> &mut OrderedWriter {
+        if self.image.data.is_some() {
+            &mut self.data_out
+        } else {
+            &mut self.out
+        }
+    }
+
+    /// The guest's clusters are about to be written, up to byte `end` of the file that holds them.
+    pub(crate) fn writes_data(&mut self, end: u64) {
+        if let Some(data) = &mut self.image.data {
+            data.wrote(end);
+        }
+        self.data_out().written();
+    }
+
+    /// Nothing refers to these clusters of the data file any more, durably: give their space back. Nothing depends on it.
+    pub(crate) fn punch(&mut self, io: &mut dyn BlockIo, clusters: &[GuestCluster]) -> DriverResult<()> {
+        let Some(data) = self.image.data else { return Ok(()) };
+        let mut requests: Vec<Request> = Vec::new();
+        for &cluster in clusters {
+            let at = cluster.0 << self.image.cluster_size().bits();
+            let length = data.held(at, self.image.visible_bytes(cluster));
+            match requests.last_mut() {
+                _ if length == 0 => {}
+                Some(last) if last.offset + last.length == at => last.length += length,
+                _ => requests.push(Request::discard(data.device, at, length)),
+            }
+        }
+        requests.chunks_mut(BATCH).try_for_each(|requests| self.data_out.run(io, requests))
     }
 
     /// Write a small field at byte `at`, durably.

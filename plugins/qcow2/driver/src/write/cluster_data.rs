@@ -5,14 +5,24 @@ use crate::refcount::space::{Reserved, BATCH};
 use crate::write::action::Action;
 use crate::write::backing::Backing;
 use crate::write::cluster_extent::ClusterExtent;
-use crate::write::contents::Fill;
+use crate::write::contents::{Fill, Old};
 use crate::write::remap::Remap;
 use crate::write::subclusters::Place;
 use alloc::vec;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{Batch, BlockIo, DriverResult, ReadBelow};
-use instar_qcow2_format::{HostCluster, HostOffset, L2Entry};
+use instar_qcow2_format::{ClusterSize, GuestCluster, HostCluster, HostOffset, L2Entry};
+
+/// What follows from the data of a window.
+pub(crate) struct Written {
+    /// The entries to change.
+    pub(crate) remaps: Vec<Remap>,
+    /// Clusters to free.
+    pub(crate) freed: Vec<HostCluster>,
+    /// Clusters of the data file that are not referred to any more.
+    pub(crate) unmapped: Vec<GuestCluster>,
+}
 
 /// Writes the data of windows into a backing. Requests are merged where they go on from each other.
 pub(crate) struct DataWriter<'a> {
@@ -33,7 +43,7 @@ impl<'a> DataWriter<'a> {
         Ok(())
     }
 
-    /// Submit the data of a window. Returns the entries to change and the clusters to free.
+    /// Submit the data of a window.
     pub(crate) fn write(
         mut self,
         io: &mut dyn BlockIo,
@@ -41,9 +51,16 @@ impl<'a> DataWriter<'a> {
         actions: &[Action],
         reserved: &mut Reserved,
         below: &mut dyn ReadBelow,
-    ) -> DriverResult<(Vec<Remap>, Vec<HostCluster>)> {
+    ) -> DriverResult<Written> {
         let mut remaps = Vec::new();
-        let mut freed = Vec::new();
+        let (mut freed, mut unmapped) = (Vec::new(), Vec::new());
+        let outside = self.backing.image.data.is_some();
+        let mut drops = |cluster: GuestCluster, old: Old, size: ClusterSize| match old {
+            Old::Nothing => {}
+            _ if outside => unmapped.push(cluster),
+            old => freed.extend(old.host_clusters(size)),
+        };
+        let size = self.backing.image.cluster_size();
         for (group, action) in groups.iter().zip(actions) {
             let Some(cluster) = group.first().map(|extent| extent.cluster) else { continue };
             match *action {
@@ -52,6 +69,11 @@ impl<'a> DataWriter<'a> {
                 Action::Revive(host) => {
                     // The bytes that are there are stale: they were behind the zero flag.
                     self.zero_gaps(io, group, host)?;
+                    self.write_extents(io, group, host, false)?;
+                    remaps.push(Remap::standard(cluster, L2Entry::Data { offset: host, copied: true }));
+                }
+                Action::CopyUp(host) => {
+                    self.copy_up_gaps(io, group, host, below)?;
                     self.write_extents(io, group, host, false)?;
                     remaps.push(Remap::standard(cluster, L2Entry::Data { offset: host, copied: true }));
                 }
@@ -67,7 +89,7 @@ impl<'a> DataWriter<'a> {
                             self.write_gaps(io, group, host, &bytes)?;
                         }
                     }
-                    freed.extend(old.host_clusters(self.backing.image.cluster_size()));
+                    drops(cluster, old, size);
                     self.write_extents(io, group, host, true)?;
                     remaps.push(Remap::standard(cluster, L2Entry::Data { offset: host, copied: true }));
                 }
@@ -75,7 +97,7 @@ impl<'a> DataWriter<'a> {
                     let entry =
                         if zero_flag { L2Entry::Zero { offset: None, copied: false } } else { L2Entry::Unallocated };
                     remaps.push(Remap::standard(cluster, entry));
-                    freed.extend(old.host_clusters(self.backing.image.cluster_size()));
+                    drops(cluster, old, size);
                 }
                 Action::Subclusters(change) => {
                     let host = match change.place {
@@ -86,7 +108,7 @@ impl<'a> DataWriter<'a> {
                     if let Some((host, _)) = host {
                         self.write_change(io, (group, &change), host, below)?;
                     }
-                    freed.extend(change.old.host_clusters(self.backing.image.cluster_size()));
+                    drops(cluster, change.old, size);
                     if change.remaps() {
                         remaps.push(Remap::extended(cluster, host, change.after));
                     }
@@ -94,7 +116,7 @@ impl<'a> DataWriter<'a> {
             }
         }
         self.requests.submit(io)?;
-        Ok((remaps, freed))
+        Ok(Written { remaps, freed, unmapped })
     }
 
     /// Write the extents of a cluster to its host cluster. New clusters read as zeroes already.
@@ -105,13 +127,16 @@ impl<'a> DataWriter<'a> {
         host: HostOffset,
         fresh: bool,
     ) -> DriverResult<()> {
-        let device = self.backing.image.device;
+        let device = self.backing.image.data_device();
         for extent in group {
-            if fresh && extent.is_zero() {
+            if extent.is_zero() {
+                if !fresh {
+                    self.zero(io, host.0 + extent.start, extent.length)?;
+                }
                 continue;
             }
             let request = extent.content.request(device, host.0 + extent.start, extent.length)?;
-            self.backing.out.written();
+            self.backing.writes_data(host.0 + extent.start + extent.length);
             self.push(io, request)?;
         }
         Ok(())
@@ -119,10 +144,19 @@ impl<'a> DataWriter<'a> {
 
     fn zero_gaps(&mut self, io: &mut dyn BlockIo, group: &[ClusterExtent], host: HostOffset) -> DriverResult<()> {
         for (start, length) in gaps(&self.backing.image, group) {
-            self.backing.out.written();
-            self.push(io, Request::zero(self.backing.image.device, host.0 + start, length))?;
+            self.zero(io, host.0 + start, length)?;
         }
         Ok(())
+    }
+
+    /// Make bytes of the guest read as zeroes. Past the end of a data file, they do already.
+    pub(crate) fn zero(&mut self, io: &mut dyn BlockIo, at: u64, length: u64) -> DriverResult<()> {
+        let length = self.backing.image.data.map_or(length, |data| data.held(at, length));
+        if length == 0 {
+            return Ok(());
+        }
+        self.backing.data_out().written();
+        self.push(io, Request::zero(self.backing.image.data_device(), at, length))
     }
 
     /// Copy from the old cluster what the extents leave open.
@@ -159,6 +193,30 @@ impl<'a> DataWriter<'a> {
         Ok(())
     }
 
+    /// Write what the image's ancestors have where the extents leave gaps in a cluster of the data file, zeroes, too: what
+    /// stands there is stale.
+    fn copy_up_gaps(
+        &mut self,
+        io: &mut dyn BlockIo,
+        group: &[ClusterExtent],
+        host: HostOffset,
+        below: &mut dyn ReadBelow,
+    ) -> DriverResult<()> {
+        for (start, length) in gaps(&self.backing.image, group) {
+            let at = host.0 + start;
+            let mut bytes = vec![0; usize::try_from(length).map_err(|_| overflow("a gap"))?];
+            below.read(io, at, &mut bytes)?;
+            self.write_bytes(io, at, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Write bytes of the guest to where they stand in the file.
+    pub(crate) fn write_bytes(&mut self, io: &mut dyn BlockIo, at: u64, bytes: &[u8]) -> DriverResult<()> {
+        self.backing.writes_data(at + bytes.len() as u64);
+        self.backing.data_out().write(io, at, bytes)
+    }
+
     /// Write what the extents leave open of a new cluster from `bytes`, which are a whole cluster.
     fn write_gaps(
         &mut self,
@@ -186,7 +244,7 @@ impl<'a> DataWriter<'a> {
     /// Write bytes of a new cluster, which is zero.
     pub(crate) fn write_unless_zero(&mut self, io: &mut dyn BlockIo, at: u64, bytes: &[u8]) -> DriverResult<()> {
         if bytes.iter().any(|&byte| byte != 0) {
-            self.backing.out.write(io, at, bytes)?;
+            self.write_bytes(io, at, bytes)?;
         }
         Ok(())
     }

@@ -215,7 +215,7 @@ impl Compressing {
         // Step 1. Whatever brings no data takes no cluster either.
         let groups: Vec<&[ClusterExtent]> = others.iter().map(|work| work.arrival.group).collect();
         let actions: Vec<Action> = others.iter().map(|work| work.action).collect();
-        let (mut remaps, mut freed) = DataWriter::new(backing).write(io, &groups, &actions, &mut reserved, below)?;
+        let mut written = DataWriter::new(backing).write(io, &groups, &actions, &mut reserved, below)?;
         let mut places = Vec::with_capacity(plain);
         for _ in 0..plain {
             places.push(backing.image.host_offset(reserved.next()?)?);
@@ -234,10 +234,10 @@ impl Compressing {
                 Fate::Plain => places.next(),
                 Fate::Stream { .. } => offsets.next(),
             };
-            remaps.push(entry(&backing.image, work, fate, place)?);
-            freed.extend(old(work.arrival.mapped.entry).host_clusters(backing.image.cluster_size()));
+            written.remaps.push(entry(&backing.image, work, fate, place)?);
+            written.freed.extend(old(work.arrival.mapped.entry).host_clusters(backing.image.cluster_size()));
         }
-        refer(io, backing, new_tables, &remaps, freed)
+        refer(io, backing, new_tables, written)
     }
 
     /// Gather and compress what arrives: `plain` and `streams` have it afterwards.

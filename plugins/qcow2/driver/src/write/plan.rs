@@ -9,14 +9,14 @@ use crate::metadata::l2_entry::Mapped;
 use crate::metadata::map::MetadataMap;
 use crate::metadata::mapping::l1_position;
 use crate::refcount::blocks::CLUSTERS_PER_LOAD;
-use crate::write::action::action;
+use crate::write::action::{action, Action};
 use crate::write::backing::Backing;
 use crate::write::cluster_extent::ClusterExtent;
 use crate::write::touched::Touched;
 use alloc::format;
 use alloc::vec::Vec;
 use instar_guest_sdk::{BlockIo, DriverError, DriverResult};
-use instar_qcow2_format::{CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry};
+use instar_qcow2_format::{incompatible, CompressedRange, GuestCluster, HostCluster, HostOffset, L2Entry};
 
 /// Clusters that a commit will allocate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,7 +107,7 @@ impl Plan {
             let image = &backing.image;
             let mapped = backing.mapping.l2_entry(&backing.image, first.cluster)?;
             let Mapped { entry, at, .. } = mapped;
-            if let Some((offset, copied)) = entry.host() {
+            if let Some((offset, copied)) = image.own_host(entry) {
                 // The same cluster comes twice where an extent ends within it.
                 if self.last_cluster != Some(first.cluster) && self.grown != Some(first.cluster) {
                     self.check_data_cluster(image, offset, mapped.data_end(image), at)?;
@@ -119,6 +119,9 @@ impl Plan {
                 self.check_compressed(image, descriptor, at, &mut owned)?;
             }
             let action = action(&backing.image, backing.has_backing, group, &mapped);
+            if let Some(data) = &image.data {
+                data.refuse_too_long(end_of(&action, image, group))?;
+            }
             self.committed += group.iter().map(|part| part.length).sum::<u64>();
             if let Some(descriptor) = action.decodes() {
                 // What is needed of it must decode: afterwards it would be too late to say no.
@@ -129,7 +132,7 @@ impl Plan {
             let packed = backing.compresses && action.brings_data();
             self.needs.data += u64::from(packed || action.allocates());
             let shared = table.is_some_and(|(_, copied)| !copied);
-            if shared && entry.host().is_some_and(|(_, copied)| copied) {
+            if shared && backing.image.own_host(entry).is_some_and(|(_, copied)| copied) {
                 let text = "an L2 table that a snapshot shares claims a cluster for itself alone (COPIED)";
                 return Err(backing.image.corrupt(at, text));
             }
@@ -182,6 +185,18 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// The byte of the data file up to which a cluster is written, as far as it gets bytes.
+fn end_of(action: &Action, image: &Image, group: &[ClusterExtent]) -> u64 {
+    let Some(first) = group.first().filter(|_| action.brings_data()) else { return 0 };
+    let arrives = group.iter().rfind(|part| !part.is_zero()).map_or(0, |part| part.start + part.length);
+    let fills = matches!(action, Action::CopyUp(_)) || image.header.has(incompatible::EXTENDED_L2);
+    let end = if fills { image.visible_bytes(first.cluster) } else { arrives };
+    if end == 0 {
+        return 0;
+    }
+    (first.cluster.0 << image.cluster_size().bits()).saturating_add(end)
 }
 
 /// Clusters that will be changed in place must have refcount 1 and say so; those that a snapshot shares have more.

@@ -33,18 +33,18 @@ impl DataWriter<'_> {
         for (start, length) in gaps(&self.backing.image, group) {
             for (start, length, which) in split(&self.backing.image, start, length, change.written) {
                 let at = host.0 + start;
-                self.backing.out.written();
                 if !decoded.is_empty() {
                     self.write_part(io, host, (start, length), &decoded)?;
                 } else if change.before.allocated & which != 0 {
                     if let Fill::Cluster(from) = change.fill {
                         let device = self.backing.image.device;
+                        self.backing.out.written();
                         self.push(io, Request::copy(device, from.0 + start, device, at, length))?;
                     }
                 } else if change.before.zero & which != 0 || !self.backing.has_backing {
                     // Stale bytes, if the host cluster is not new.
                     if !fresh {
-                        self.push(io, Request::zero(self.backing.image.device, at, length))?;
+                        self.zero(io, at, length)?;
                     }
                 } else {
                     self.copy_up(io, (cluster, host, fresh), (start, length), below)?;
@@ -57,8 +57,7 @@ impl DataWriter<'_> {
                 self.write_extents(io, core::slice::from_ref(extent), host, fresh)?;
             } else if !fresh {
                 for (start, length, _) in split(&self.backing.image, extent.start, end - extent.start, change.written) {
-                    self.backing.out.written();
-                    self.push(io, Request::zero(self.backing.image.device, host.0 + start, length))?;
+                    self.zero(io, host.0 + start, length)?;
                 }
             }
         }
@@ -79,7 +78,7 @@ impl DataWriter<'_> {
         if fresh {
             return self.write_unless_zero(io, host.0 + start, &bytes);
         }
-        self.backing.out.write(io, host.0 + start, &bytes)
+        self.write_bytes(io, host.0 + start, &bytes)
     }
 }
 

@@ -92,11 +92,15 @@ pub(crate) fn subcluster_change(
     let all = visible_subclusters(image, cluster);
     let before = states(entry, mixed);
     let (mut data, mut partly_zero, mut zero) = (0, 0, 0);
+    let raw = image.data.is_some_and(|data| data.raw);
     // Zeroes that follow each other, in whatever extents, cover subclusters together.
     for run in extents.chunk_by(|a, b| a.is_zero() == b.is_zero() && a.start + a.length == b.start) {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
         let (start, end) = (first.start, last.start + last.length);
-        if first.is_zero() {
+        // A raw data file reads as the disk does: zeroes are written to it.
+        if first.is_zero() && raw {
+            partly_zero |= touched(start, end, each);
+        } else if first.is_zero() {
             zero |= covered(start, end, each, visible);
             partly_zero |= touched(start, end, each);
         } else {
@@ -124,6 +128,15 @@ pub(crate) fn subcluster_change(
         SubclusterChange { place, fill, old: Old::Compressed(descriptor), before, after, written: stays }
     };
     let change = |place, fill, old| SubclusterChange { place, fill, old, before, after, written };
+    if image.data.is_some() {
+        // It has its place, and keeps it: only the reference goes.
+        let here = HostOffset(mapped.guest);
+        let held = entry.host().is_some();
+        return Some(match after.allocated {
+            0 => change(Place::Nowhere, Fill::Zero, if held { Old::Cluster(here) } else { Old::Nothing }),
+            _ => change(Place::Here(here, true), Fill::Zero, Old::Nothing),
+        });
+    }
     Some(match (entry, entry.host()) {
         (L2Entry::Compressed { descriptor }, _) => decoded(descriptor),
         (_, Some((host, _))) if after.allocated == 0 => change(Place::Nowhere, Fill::Zero, Old::Cluster(host)),

@@ -14,25 +14,27 @@
 //! 1. Data (into clusters that one L2 entry owns, or into new ones), and copies of L2 tables that a snapshot shares.
 //!    Nothing refers to new clusters yet: a crash here leaves leaks at most. There is no flush behind it, because the next
 //!    step has one, and none of these writes depends on another.
+//!    A [data file](crate::data_file) has a place for each cluster, and is flushed at the end of this step: what is written
+//!    into one that no entry refers to shows nowhere.
 //! 2. New clusters count, which is [published](crate::refcount::publish): *durable* with all that step 1 wrote.
 //! 3. L2 tables: new ones whole, entries of old ones, *then a flush*. What an entry refers to is durable and
 //!    has refcount 1; a new table is not referred to yet.
 //! 4. L1 entries of new tables, *then a flush*.
 //! 5. Refcounts of clusters that nothing refers to any more go down, and their space is given back. Nothing
-//!    depends on it: a crash leaves leaks. It is flushed with the next window, or by `finish`.
+//!    depends on it: a crash leaves leaks. (In a data file, they are punched out.) It is flushed with the next window, or by `finish`.
 
 use crate::image::{overflow, Image};
 use crate::metadata::mapping::{l1_position, Mapping};
 use crate::refcount::space::Reserved;
 use crate::write::action::{action, Action};
 use crate::write::backing::Backing;
-use crate::write::cluster_data::DataWriter;
+use crate::write::cluster_data::{DataWriter, Written};
 use crate::write::cluster_extent::ClusterExtent;
 use crate::write::remap::Remap;
 use alloc::vec::Vec;
 use instar_guest_sdk::abi::Request;
 use instar_guest_sdk::{BlockIo, DriverResult, ReadBelow};
-use instar_qcow2_format::{GuestCluster, HostCluster, HostOffset, L1Entry};
+use instar_qcow2_format::{GuestCluster, HostOffset, L1Entry};
 
 /// An L2 table that is made.
 pub(crate) struct NewTable {
@@ -120,8 +122,8 @@ pub(crate) fn write_window(
     let new_tables = missing.place(&backing.image, &mut reserved)?;
 
     // Step 1.
-    let (remaps, freed) = DataWriter::new(backing).write(io, &groups, &actions, &mut reserved, below)?;
-    refer(io, backing, new_tables, &remaps, freed)
+    let written = DataWriter::new(backing).write(io, &groups, &actions, &mut reserved, below)?;
+    refer(io, backing, new_tables, written)
 }
 
 /// The data of a window is written: the rest of step 1, and steps 2 to 5.
@@ -132,14 +134,16 @@ pub(crate) fn refer(
     io: &mut dyn BlockIo,
     backing: &mut Backing,
     new_tables: Vec<NewTable>,
-    remaps: &[Remap],
-    mut freed: Vec<HostCluster>,
+    written: Written,
 ) -> DriverResult<()> {
+    let Written { remaps, mut freed, unmapped } = written;
+    // What a data file holds is durable before anything refers to it.
+    backing.data_out.barrier(io)?;
     copy_shared_tables(io, backing, &new_tables)?;
     // Step 2.
     backing.publish(io)?;
     // Step 3.
-    remap(io, backing, &new_tables, remaps)?;
+    remap(io, backing, &new_tables, &remaps)?;
     // Step 4.
     if !new_tables.is_empty() {
         let l1 = &mut backing.mapping.l1;
@@ -153,6 +157,7 @@ pub(crate) fn refer(
         backing.flush(io)?;
     }
     // Step 5.
+    backing.punch(io, &unmapped)?;
     backing.release(io, freed)
 }
 

@@ -97,12 +97,18 @@ impl FlagCheck for Survey<'_> {
     }
 
     fn wants(&mut self, entry: &FlaggedEntry) -> bool {
-        self.counts.covers(entry.cluster)
+        wants(self.counts, entry)
     }
 
     fn batch(&mut self, io: &mut dyn BlockIo, level: Level, entries: &[FlaggedEntry]) -> DriverResult<()> {
         load_refcounts(self.refcounts, io, self.image, entries)?;
         for entry in entries {
+            if entry.outside {
+                let mends = self.plan.rules.all;
+                *(if mends { &mut self.plan.wrong_flags } else { &mut self.plan.left }) += 1;
+                self.plan.flags += u64::from(mends);
+                continue;
+            }
             let refcount = self.refcounts.get(self.image, entry.cluster)?;
             let references = self.counts.get(entry.cluster).unwrap_or(0);
             let twice = level == Level::L2 && !self.active.insert(entry.cluster);
@@ -120,6 +126,15 @@ impl FlagCheck for Survey<'_> {
     }
 }
 
+/// Whether an entry is looked at in the pass with these counts. What no refcount counts is wrong without its flag, and has
+/// its turn in the first one.
+fn wants(counts: &CalculatedRefcounts, entry: &FlaggedEntry) -> bool {
+    if entry.outside {
+        return !entry.copied && counts.range().0 == 0;
+    }
+    counts.covers(entry.cluster)
+}
+
 /// Load the refcounts of what these entries refer to, and little else.
 fn load_refcounts(
     refcounts: &mut Refcounts,
@@ -129,7 +144,8 @@ fn load_refcounts(
 ) -> DriverResult<()> {
     refcounts.table.shrink(CLUSTERS_PER_LOAD);
     refcounts.blocks.shrink(FLAGS_AT_ONCE);
-    refcounts.load(io, image, entries.iter().map(|entry| entry.cluster))
+    let counted = entries.iter().filter(|entry| !entry.outside);
+    refcounts.load(io, image, counted.map(|entry| entry.cluster))
 }
 
 /// Sets refcounts in one pass.
@@ -180,13 +196,17 @@ pub(super) struct Flags<'a> {
 
 impl FlagCheck for Flags<'_> {
     fn wants(&mut self, entry: &FlaggedEntry) -> bool {
-        self.counts.covers(entry.cluster)
+        wants(self.counts, entry)
     }
 
     fn batch(&mut self, io: &mut dyn BlockIo, _level: Level, entries: &[FlaggedEntry]) -> DriverResult<()> {
         load_refcounts(self.refcounts, io, self.image, entries)?;
         let mut changed = Vec::new();
         for entry in entries {
+            if entry.outside {
+                changed.extend(Some(*entry).filter(|_| self.rules.all));
+                continue;
+            }
             let refcount = self.refcounts.get(self.image, entry.cluster)?;
             let references = self.counts.get(entry.cluster).unwrap_or(0);
             if self.rules.copied(entry.copied, refcount, references) != entry.copied {

@@ -11,10 +11,13 @@ pub const C_FLAGS_VARIABLE: &str = "CFLAGS_x86_64_unknown_linux_gnu";
 /// How a module's C code, if it has any, is compiled: position-independent, and with nothing of a C library but the memory
 /// routines. What some distributions switch on by themselves (stack canaries in thread-local storage, checked variants of
 /// `memcpy`) is not there. Of Zstandard's ways to find repetitions, those of the level that images are compressed with are enough
-/// (`ZSTD_fast`, `ZSTD_dfast`; `lib/README.md` of Zstandard): every module is loaded whole at each start.
+/// (`ZSTD_fast`, `ZSTD_dfast`; `lib/README.md` of Zstandard): every module is loaded whole at each start. Its fast loop for
+/// Huffman streams does not see whether a stream ends where it should, and hands out other bytes for a damaged one (as of
+/// Zstandard 1.5.7); the plain loop refuses it (RFC 8878, section 4.2.2).
 pub const C_FLAGS: &str = "-O3 -fPIC -fno-stack-protector -U_FORTIFY_SOURCE -fcf-protection=none -DNDEBUG \
     -DZSTD_EXCLUDE_GREEDY_BLOCK_COMPRESSOR -DZSTD_EXCLUDE_LAZY_BLOCK_COMPRESSOR -DZSTD_EXCLUDE_LAZY2_BLOCK_COMPRESSOR \
-    -DZSTD_EXCLUDE_BTLAZY2_BLOCK_COMPRESSOR -DZSTD_EXCLUDE_BTOPT_BLOCK_COMPRESSOR -DZSTD_EXCLUDE_BTULTRA_BLOCK_COMPRESSOR";
+    -DZSTD_EXCLUDE_BTLAZY2_BLOCK_COMPRESSOR -DZSTD_EXCLUDE_BTOPT_BLOCK_COMPRESSOR -DZSTD_EXCLUDE_BTULTRA_BLOCK_COMPRESSOR \
+    -DHUF_DISABLE_FAST_DECODE";
 
 const SCRIPT: &str = include_str!("module.ld");
 
