@@ -21,7 +21,6 @@ pub mod calls;
 pub mod descriptors;
 mod filter;
 pub mod paths;
-mod program;
 mod signal_mask;
 mod signals_blocked;
 pub mod trap;
