@@ -185,7 +185,7 @@ fn encrypted_images_are_refused() {
     for number in [OVERLAY, DEVICE_OUTPUT] {
         let mut before = files(&top, &base, None);
         before.get_mut(&number).unwrap()[39] = 1;
-        Qcow.verify_refused(&before, Options::default(), ErrorCode::UnsupportedFormat, "encrypted");
+        Qcow.verify_refused(&before, Options::default(), ErrorCode::LuksUnsupported, "encryption (AES)");
     }
 }
 

@@ -164,8 +164,8 @@ fn features_that_are_not_supported_yet() {
         // The host saw no other file.
         (|b| put!(b, 72, 4), ErrorCode::HeaderMismatch, "another data file"),
         (|b| put!(b, 72, 1 << 50), ErrorCode::UnsupportedFormat, "unknown incompatible"),
-        (|b| b[35] = 2, ErrorCode::LuksUnsupported, "encrypted"),
-        (|b| b[35] = 1, ErrorCode::LuksUnsupported, "encrypted"),
+        (|b| b[35] = 2, ErrorCode::LuksUnsupported, "encryption (luks)"),
+        (|b| b[35] = 1, ErrorCode::LuksUnsupported, "encryption (aes)"),
     ];
     for (edit, code, word) in cases {
         let mut bytes = overlay();
