@@ -1,5 +1,5 @@
 //! Backings with extended L2 entries: content, consistency, and every crash point.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::panic, missing_docs)]
 
 use instar_guest_sdk::abi::DEVICE_OUTPUT;
 use instar_guest_sdk::memory::{Change, MemoryDevices};
@@ -84,6 +84,38 @@ fn overlays_with_other_cluster_sizes() {
             // A third of the ancestor is zero.
             let below = (0..overlay.virtual_size >> 12).filter(|c| c % 3 != 0).map(|c| (c, State::Data(0x99)));
             pair.ancestor = Some(build(&Spec::new(12, overlay.virtual_size).with(below)));
+            commit_and_verify(&pair);
+        }
+    }
+}
+
+/// QEMU ends a file behind the last subcluster that it wrote. A commit that brings a part of a later one leaves a file that holds
+/// all of it: into what reads as cut off, nothing can be committed any more.
+#[test]
+fn the_file_ends_behind_the_last_subcluster_with_data() {
+    let bits = 16;
+    let subcluster = 1 << (bits - 5);
+    for (state, is_extended, held) in [
+        (State::Mixed(0x44, 0x0000_00ff, 0), true, 8 * subcluster),
+        (State::Mixed(0x44, 0x0000_00ff, 0xffff_0000), true, 8 * subcluster),
+        (State::ZeroAllocated(0x22), true, subcluster),
+        (State::ZeroAllocated(0x22), false, subcluster),
+    ] {
+        let overlay = Spec::new(9, 1 << bits).with([(21 * subcluster / 512, State::Data(0x12))]);
+        let backing =
+            build(&Spec { extended: is_extended, blocks_first: true, ..Spec::new(bits, 1 << bits) }.with([(0, state)]));
+        let [(_, entry, _)] = View::new(&backing).entries()[..] else { panic!("one cluster was built") };
+        let host = entry & 0x00ff_ffff_ffff_fe00;
+        assert_eq!(backing.len() as u64, host + (1 << bits), "the cluster is the last one of the file");
+        for fixed in [false, true] {
+            let mut pair = Pair::new(&overlay, &Spec::new(bits, 1 << bits));
+            pair.fixed = fixed;
+            pair.backing = backing.clone();
+            if !fixed {
+                pair.backing.truncate((host + held) as usize);
+            }
+            verify_crashes(&pair);
+            pair.backing = commit_and_verify(&pair).files[&DEVICE_OUTPUT].clone();
             commit_and_verify(&pair);
         }
     }

@@ -55,6 +55,17 @@ impl Backing {
         self.out.barrier(io)
     }
 
+    /// Make the file as long as its last cluster, if bytes of that up to `end` are not in it. A file may end behind the last
+    /// subcluster that holds data ("Extended L2 Entries"), and within a cluster that only reads as zeroes.
+    pub(crate) fn hold_last_cluster(&mut self, io: &mut dyn BlockIo, end: u64) -> DriverResult<()> {
+        let image = &mut self.image;
+        if end <= image.file_length || image.fixed_length {
+            return Ok(());
+        }
+        image.file_length = image.clustered_length().min(image.max_length).max(end);
+        self.out.set_length(io, self.image.file_length)
+    }
+
     /// What writes the guest's clusters: to this file, or to the data file.
     pub(crate) fn data_out(&mut self) -> &mut OrderedWriter {
         if self.image.data.is_some() {

@@ -149,11 +149,16 @@ impl<'a> DataWriter<'a> {
         Ok(())
     }
 
-    /// Make bytes of the guest read as zeroes. Past the end of a data file, they do already.
+    /// Make bytes of the guest read as zeroes. Past the end of a data file, they do already. They do past the end of the image,
+    /// too, but the entry that will refer to them says that the file holds them: it becomes longer first. A crash leaves a
+    /// cluster as it was, in a longer file.
     pub(crate) fn zero(&mut self, io: &mut dyn BlockIo, at: u64, length: u64) -> DriverResult<()> {
         let length = self.backing.image.data.map_or(length, |data| data.held(at, length));
         if length == 0 {
             return Ok(());
+        }
+        if self.backing.image.data.is_none() {
+            self.backing.hold_last_cluster(io, at + length)?;
         }
         self.backing.data_out().written();
         self.push(io, Request::zero(self.backing.image.data_device(), at, length))
