@@ -6,24 +6,25 @@
 //! nothing, and the operator can insist.
 
 use super::Found;
-use crate::error::Error;
+use crate::error::{reason, Error};
 use crate::escape::shell_path;
 use crate::image::{Access, OpenedFile, UndoDirectory};
 use crate::undo::{sources, Source};
 use instar_guest_abi::ErrorCode;
+use std::borrow::Cow;
 
 /// Why a source is not what it was, in one clause, if it is not.
-fn difference(source: &Source, undo: Option<&UndoDirectory>) -> Option<&'static str> {
+fn difference(source: &Source, undo: Option<&UndoDirectory>) -> Option<Cow<'static, str>> {
     let opened = match OpenedFile::named(&source.path, Access::ReadOnly, ErrorCode::ImageNotFound) {
         Ok(opened) => opened,
-        Err(error) if error.code == ErrorCode::ImageNotFound => return Some("is gone"),
-        Err(_) => return Some("cannot be opened"),
+        Err(error) if error.code == ErrorCode::ImageNotFound => return Some("is gone".into()),
+        Err(_) => return Some("cannot be opened".into()),
     };
     let undo = undo.filter(|_| opened.block_device);
     let subject = undo.and_then(|undo| undo.identify(&opened).ok()).map_or([0; 32], |identity| identity.digest);
     match Source::look(opened.file.file(), &source.path, opened.length(), subject) {
-        Ok(found) => source.difference(&found),
-        Err(_) => Some("cannot be read"),
+        Ok(found) => source.difference(&found).map(Cow::Borrowed),
+        Err(error) => Some(format!("cannot be read ({})", reason(&error)).into()),
     }
 }
 

@@ -34,9 +34,12 @@ impl Mapped {
     }
 
     /// What is wrong if the file ends before the data of the guest does, as one that a copy has cut off: QEMU reads zeroes from
-    /// there on.
+    /// there on. A data file may end anywhere.
     pub(crate) fn cut_off(&self, image: &Image) -> Option<String> {
         let L2Entry::Data { offset, .. } = self.entry else { return None };
+        if image.data.is_some() {
+            return None;
+        }
         let (guest, needed) = (self.guest, self.data_end(image));
         (!image.holds_bytes(offset, needed)).then(|| {
             format!(
