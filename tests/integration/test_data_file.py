@@ -50,6 +50,54 @@ def test_a_commit_and_a_copy(cluster, top, base, more, tmp_path):
     clean(tmp_path / "base", tmp_path / "top")
 
 
+@pytest.mark.parametrize("command", ["commit", "rebase"])
+@pytest.mark.parametrize("before", [[], ["write -z 1M 512"]], ids=["unallocated", "zero"])
+@pytest.mark.parametrize("more", [{}, {"extended_l2": "on"}], ids=["plain", "extended"])
+def test_what_a_data_file_holds_past_the_disk_stays_hidden(command, before, more, tmp_path, monkeypatch):
+    """The disk ends within a cluster, and old bytes stand behind it. QEMU takes the rest of that cluster for the guest's."""
+    # QEMU looks for a data file where it was started.
+    monkeypatch.chdir(tmp_path)
+    size = MIB + 512
+    low, high = tmp_path / "low", tmp_path / "high"
+    support.create(low, size, **({} if command == "rebase" else {"data_file": "data", **more}))
+    support.create(high, size, backing="low", **({"data_file": "data", **more} if command == "rebase" else {}))
+    (tmp_path / "data").write_bytes(b"\xee" * 4 * MIB)
+    if command == "commit":
+        before and support.qemu_io(low, *before)
+        support.qemu_io(high, "write -P 2 1M 512")
+        result = run_instar("commit", "--verify", high)
+    else:
+        before and support.qemu_io(high, *before)
+        support.qemu_io(low, "write -P 2 1M 512")
+        result = run_instar("rebase", "-b", "", high)
+    assert result.rc == 0, str(result)
+    changed = low if command == "commit" else high
+    support.qemu_img("resize", "-q", changed, "2M")
+    content = raw(changed, tmp_path / "out")
+    assert not any(content[size:]), "old bytes are the guest's now"
+    kept = b"\0" if command == "rebase" and before else b"\2"
+    assert content[MIB:size] == kept * 512 and not any(content[:MIB])
+
+
+def test_an_image_on_the_data_file_is_a_sibling(tmp_path, monkeypatch):
+    """It reads the data file as a raw image, and so what a commit writes there."""
+    monkeypatch.chdir(tmp_path)
+    support.create(tmp_path / "base", MIB, data_file="data", data_file_raw="on")
+    support.qemu_io(tmp_path / "base", *BASE)
+    support.create(tmp_path / "top", backing="base")
+    support.qemu_io(tmp_path / "top", *OVERLAY)
+    support.qemu_img("create", "-q", "-f", "qcow2", "-b", "data", "-F", "raw", tmp_path / "other")
+    with support.untouched(*(tmp_path / name for name in ("base", "data", "top", "other"))):
+        result = run_instar("commit", tmp_path / "top")
+        assert result.rc == 1 and "ERROR_BACKING_SHARED" in result.stderr and "other'" in result.stderr, str(result)
+        result = run_instar("resize", "--shrink", tmp_path / "base", "512K")
+        assert result.rc == 1 and "ERROR_BACKING_SHARED" in result.stderr and "other'" in result.stderr, str(result)
+    wanted = raw(tmp_path / "top", tmp_path / "wanted")
+    result = run_instar("commit", "--ignore-siblings", tmp_path / "top")
+    assert result.rc == 0 and "other'" in result.stderr, str(result)
+    assert raw(tmp_path / "other", tmp_path / "after") == wanted
+
+
 def test_a_raw_data_file_reads_as_the_disk(tmp_path):
     support.create(tmp_path / "base", MIB, data_file=tmp_path / "data", data_file_raw="on")
     support.qemu_io(tmp_path / "base", *BASE)

@@ -69,11 +69,13 @@ impl<'a> DataWriter<'a> {
                 Action::Revive(host) => {
                     // The bytes that are there are stale: they were behind the zero flag.
                     self.zero_gaps(io, group, host)?;
+                    self.zero_past_disk(io, cluster, host, size.bytes())?;
                     self.write_extents(io, group, host, false)?;
                     remaps.push(Remap::standard(cluster, L2Entry::Data { offset: host, copied: true }));
                 }
                 Action::CopyUp(host) => {
                     self.copy_up_gaps(io, group, host, below)?;
+                    self.zero_past_disk(io, cluster, host, size.bytes())?;
                     self.write_extents(io, group, host, false)?;
                     remaps.push(Remap::standard(cluster, L2Entry::Data { offset: host, copied: true }));
                 }
@@ -147,6 +149,25 @@ impl<'a> DataWriter<'a> {
             self.zero(io, host.0 + start, length)?;
         }
         Ok(())
+    }
+
+    /// A cluster that the disk ends within gets an entry for data: zero its bytes from the disk's end up to byte `end`, as far as
+    /// the file has any. They may be stale, and a program that lengthens the disk takes them for the guest's.
+    pub(crate) fn zero_past_disk(
+        &mut self,
+        io: &mut dyn BlockIo,
+        cluster: GuestCluster,
+        host: HostOffset,
+        end: u64,
+    ) -> DriverResult<()> {
+        let image = &self.backing.image;
+        let visible = image.visible_bytes(cluster);
+        let at = host.0 + visible;
+        let held = image.data.map_or(image.file_length, |data| data.file_length).saturating_sub(at);
+        match end.saturating_sub(visible).min(held) {
+            0 => Ok(()),
+            length => self.zero(io, at, length),
+        }
     }
 
     /// Make bytes of the guest read as zeroes. Past the end of a data file, they do already. They do past the end of the image,

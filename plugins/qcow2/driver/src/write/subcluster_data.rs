@@ -51,6 +51,14 @@ impl DataWriter<'_> {
                 }
             }
         }
+        if !fresh {
+            let (each, visible) = (subcluster_bytes(&self.backing.image), self.backing.image.visible_bytes(cluster));
+            // The subcluster that the disk ends within, if it gets bytes.
+            let last = split(&self.backing.image, visible.saturating_sub(1), visible.min(1), change.written);
+            if !last.is_empty() {
+                self.zero_past_disk(io, cluster, host, visible.next_multiple_of(each))?;
+            }
+        }
         for extent in group {
             let end = extent.start + extent.length;
             if !extent.is_zero() {
