@@ -145,9 +145,9 @@ impl ChildSearch<'_> {
             }
         });
         let parent = match reached {
+            // A raw file that an image keeps its data in is read with it.
             Some(reached) => self.parents.iter().find(|parent| {
-                let opened = &parent.opened;
-                opened.identity == reached || opened.below == Some(reached)
+                parent.all_files().any(|opened| opened.identity == reached || opened.below == Some(reached))
             }),
             None => {
                 let proves =
